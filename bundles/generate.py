@@ -1,0 +1,242 @@
+"""Write the bundle configs: the shared part stands here once, each method adds its own lines.
+
+Every config runs by itself, with each component visible and replaceable. Run ``python bundles/generate.py`` after
+a change; a test holds the files equal to what this gives.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+DATA = {
+    "dataset_file": None,
+    "download": None,
+    "dataset_dir": "runs/data",
+    "seed": 0,
+}
+REQUEST = {
+    "forget_fraction": 0.1,
+    "forget_indices": None,
+    "forget_patients": None,
+}
+RECIPE = {
+    "train_epochs": 30,
+    "train_lr": 0.05,
+    "batch_size": 64,
+    "models_dir": "runs/models",
+    "device": "$'cuda' if torch.cuda.is_available() else 'cpu'",
+}
+COMPONENTS = {
+    "bundle": {"_target_": "monai_unlearn.bundle.Bundle.running"},
+    "initialize": "$@bundle",
+    "data": {
+        "_target_": "monai_unlearn.data.load_data",
+        "dataset_file": "@dataset_file",
+        "download": "@download",
+        "dataset_dir": "@dataset_dir",
+    },
+    "split": {
+        "_target_": "monai_unlearn.data.make_split",
+        "data": "@data",
+        "seed": "@seed",
+        "forget_fraction": "@forget_fraction",
+        "forget_indices": "@forget_indices",
+        "forget_patients": "@forget_patients",
+    },
+    "augmentation": [{"_target_": "monai_unlearn.data.RandomFlip", "spatial_axis": 1}],
+    "network_def": {
+        "_target_": "monai.networks.nets.ResNet",
+        "block": "basic",
+        "layers": [2, 2, 2, 2],
+        "block_inplanes": [16, 32, 64, 128],
+        "spatial_dims": 2,
+        "n_input_channels": "$@data.channels",
+        "num_classes": "$@data.num_classes",
+        "conv1_t_size": 3,
+        "conv1_t_stride": 2,
+        "no_max_pool": True,
+    },
+    "network": "$@network_def.to(@device, memory_format=torch.channels_last)",
+    "loss_function": {"_target_": "torch.nn.CrossEntropyLoss"},
+    "inferer": {"_target_": "monai.inferers.SimpleInferer"},
+    "train_seed": "@seed",
+    "train_dataset": {
+        "_target_": "monai_unlearn.data.ImageDataset",
+        "source": "$@data.train",
+        "augmentation": "@augmentation",
+        "seed": "@train_seed",
+        "device": "@device",
+    },
+    "train_loader": {
+        "_target_": "monai_unlearn.data.make_loader",
+        "dataset": "@train_dataset",
+        "batch_size": "@batch_size",
+        "shuffle": True,
+        "seed": "@train_seed",
+    },
+    "recipe": {
+        "optimizer": {
+            "_target_": "torch.optim.SGD",
+            "params": "$@network.parameters()",
+            "lr": "@train_lr",
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 0.0005,
+        },
+        "lr_scheduler": {
+            "_target_": "torch.optim.lr_scheduler.CosineAnnealingLR",
+            "optimizer": "@recipe::optimizer",
+            "T_max": "@train_epochs",
+        },
+        "trainer": {
+            "_target_": "monai.engines.SupervisedTrainer",
+            "device": "@device",
+            "max_epochs": "@train_epochs",
+            "train_data_loader": "@train_loader",
+            "network": "@network",
+            "optimizer": "@recipe::optimizer",
+            "loss_function": "@loss_function",
+            "inferer": "@inferer",
+            "decollate": False,
+            "train_handlers": [
+                {
+                    "_target_": "monai.handlers.LrScheduleHandler",
+                    "lr_scheduler": "@recipe::lr_scheduler",
+                    "print_lr": False,
+                }
+            ],
+        },
+    },
+}
+PRED_AND_LABEL = {"_target_": "monai.handlers.from_engine", "keys": ["pred", "label"]}
+EVALUATOR = {
+    "evaluator": {
+        "_target_": "monai.engines.SupervisedEvaluator",
+        "device": "@device",
+        "val_data_loader": "@train_loader",
+        "network": "@network",
+        "inferer": "@inferer",
+        "decollate": False,
+        "key_val_metric": {
+            "accuracy": {
+                "_target_": "ignite.metrics.Accuracy",
+                "output_transform": PRED_AND_LABEL,
+            }
+        },
+        "additional_metrics": {
+            "auroc": {
+                "_target_": "monai.handlers.ROCAUC",
+                "output_transform": {
+                    "_target_": "monai_unlearn.evaluation.probabilities_and_one_hot",
+                    "_mode_": "callable",
+                },
+            },
+            "loss": {
+                "_target_": "ignite.metrics.Loss",
+                "loss_fn": "@loss_function",
+                "output_transform": PRED_AND_LABEL,
+            },
+        },
+    },
+}
+UNLEARNING = {
+    "forget": "$@split.forget_set()",
+    "private_dir": "$@output_dir + '/private'",
+    "optimizer": {
+        "_target_": "torch.optim.SGD",
+        "params": "$@network.parameters()",
+        "lr": "@lr",
+        "momentum": 0.9,
+        "weight_decay": 0.0005,
+    },
+    "trainer": {
+        **COMPONENTS["recipe"]["trainer"],
+        "max_epochs": "@epochs",
+        "optimizer": "@optimizer",
+        "train_handlers": "@methods",
+    },
+    "unlearn": {"_target_": "monai_unlearn.workflow.unlearn", "bundle": "@bundle"},
+}
+BATCH_NORM = {"_target_": "monai_unlearn.methods.BatchNormPolicy", "forget": "@forget", "policy": "@batchnorm"}
+RANDOM_LABELING = {
+    "_target_": "monai_unlearn.methods.RandomLabeling",
+    "forget": "@forget",
+    "num_classes": "$@data.num_classes",
+    "seed": "@seed",
+}
+SALIENCY_MASK = {
+    "_target_": "monai_unlearn.methods.SaliencyMask",
+    "forget": "@forget",
+    "ratio": "@saliency_ratio",
+    "path": "$@private_dir + '/saliency_mask.safetensors'",
+}
+RETRAIN = {
+    "_target_": "monai_unlearn.methods.Retrain",
+    "forget": "@forget",
+    "initial_state": "$@network.state_dict()",
+}
+
+
+def method_config(name: str, settings: dict, methods: list[dict], **changes: object) -> dict:
+    """The config of a method: its settings at the top, its handlers under ``methods``."""
+    top = {
+        "method": name,
+        **DATA,
+        **REQUEST,
+        "original_checkpoint": None,
+        "network_key": None,
+        "reference": True,
+        **settings,
+        **RECIPE,
+        "output_dir": f"runs/{name}",
+    }
+    return {
+        **top,
+        **COMPONENTS,
+        "reference_seed": "@seed",
+        **EVALUATOR,
+        "methods": methods,
+        **UNLEARNING,
+        **changes,
+    }
+
+
+STEPS = {"epochs": 5, "lr": 0.01, "batchnorm": "retain"}
+CONFIGS = {
+    "train": {
+        **DATA,
+        **RECIPE,
+        **COMPONENTS,
+        **EVALUATOR,
+        "train": {"_target_": "monai_unlearn.workflow.train", "bundle": "@bundle"},
+    },
+    "random_labeling": method_config("random_labeling", STEPS, [RANDOM_LABELING, BATCH_NORM]),
+    "saliency": method_config(
+        "saliency", {**STEPS, "saliency_ratio": 0.5}, [RANDOM_LABELING, SALIENCY_MASK, BATCH_NORM]
+    ),
+    # The recipe's own trainer, so the reference is one of another seed and the gap is the noise floor.
+    "retrain": method_config(
+        "retrain",
+        {},
+        [RETRAIN],
+        reference_seed="$@seed + 1",
+        optimizer=COMPONENTS["recipe"]["optimizer"],
+        lr_scheduler={**COMPONENTS["recipe"]["lr_scheduler"], "optimizer": "@optimizer"},
+        trainer={
+            **UNLEARNING["trainer"],
+            "max_epochs": "@train_epochs",
+            "train_handlers": [*COMPONENTS["recipe"]["trainer"]["train_handlers"], RETRAIN],
+        },
+    ),
+}
+
+
+def write(folder: Path) -> None:
+    """Write all configs into a folder."""
+    for name, config in CONFIGS.items():
+        (folder / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(__file__).parent)

@@ -1,0 +1,273 @@
+"""The running bundle: its settings checked, its components built anew as often as a run needs them."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from pydoc import locate
+from types import FrameType
+from typing import Any
+
+import torch
+from monai.bundle import ComponentLocator, ConfigParser, ConfigWorkflow
+from monai.utils import ensure_tuple
+
+__all__ = ["Bundle", "bundle_path", "device_of", "readable_errors"]
+
+# Keys that a bundle may have beside those of its file, given by MONAI's own command.
+COMMON_KEYS = {"bundle_root", "workflow_type", "_meta_", "_requires_"}
+# What does not change which model a recipe gives.
+NOT_RECIPE = {"data", "split", "forget", "bundle", "device", "seed", "train_seed"}
+POSITIVE = ("lr", "epochs", "batch_size", "train_lr", "train_epochs")
+
+
+def bundle_path(name: str) -> Path:
+    """Path of one of the package's bundle configs, from a wheel or from a clone.
+
+    Args:
+        name: ``"saliency"``, for instance.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    inside = Path(str(resources.files("monai_unlearn"))) / "bundles"
+    folder = inside if inside.is_dir() else inside.parent.parent / "bundles"
+    names = sorted(file.stem for file in folder.glob("*.json") if file.stem != "metadata")
+    if name not in names:
+        raise ValueError(f"There is no bundle {name!r}{_hint(name, names)}. There are: {', '.join(names)}.")
+    return folder / f"{name}.json"
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device should be cpu, or a GPU that is there (cuda:0), but got {name!r}.") from error
+    return device
+
+
+class Bundle:
+    """What ``python -m monai.bundle run`` is running.
+
+    MONAI resolves each component of a config once. A run trains the same recipe several times (the original model,
+    the retrained ones), so it asks the bundle to build components anew, with other seeds but the same data.
+
+    Args:
+        parser: the workflow's parser, command-line overrides included.
+        shipped: the config's files as they are, without overrides.
+    """
+
+    def __init__(self, parser: ConfigParser, shipped: list[dict]) -> None:
+        self._parser = parser
+        self._shipped = shipped
+        self._shared: dict[str, Any] = {}
+
+    @classmethod
+    def running(cls) -> Bundle:
+        """The bundle that MONAI's ``ConfigWorkflow`` is running, with its settings checked and typed.
+
+        A config has no way to reach the workflow that reads it but the call stack.
+
+        Raises:
+            RuntimeError: if none is running.
+            ValueError: if a key is misspelt or a setting has the wrong type.
+        """
+        workflow, files = None, None
+        for frame in _frames():
+            if workflow is None and isinstance(frame.f_locals.get("self"), ConfigWorkflow):
+                workflow = frame.f_locals["self"]
+            if workflow is not None and frame.f_locals.get("config_file"):
+                files = ensure_tuple(frame.f_locals["config_file"])
+                break
+        if workflow is None:
+            raise RuntimeError("No bundle is running. Start it with `python -m monai.bundle run`.")
+        if files is None:  # a workflow made in Python: what it was given can't be told from what was changed
+            shipped = [copy.deepcopy(workflow.parser.config)]
+        else:
+            shipped = [ConfigParser.load_config_file(file) for file in files]
+        bundle = cls(workflow.parser, shipped)
+        with readable_errors():
+            bundle.check()
+        return bundle
+
+    @property
+    def config(self) -> dict:
+        """The config with the command line's overrides, as read."""
+        return self._parser.config
+
+    def check(self) -> None:
+        """Check the names of all keys and arguments, and the types of the settings.
+
+        Raises:
+            ValueError: with the nearest valid key.
+        """
+        base = self._shipped[0]
+        in_files = {key for file in self._shipped for key in file}
+        text = json.dumps(self.config, default=str)
+        for key in self.config:
+            if key in base or key in COMMON_KEYS or (key in in_files and f"@{key}" in text):
+                continue
+            raise ValueError(f"There is no setting {key!r}{_hint(key, base)}. Settings: {', '.join(self._settings())}.")
+        for path, component in _components(self.config):
+            _check_arguments(path, component)
+        for key in self._settings():
+            self.config[key] = _typed(key, self.config[key], base[key])
+
+    def _settings(self) -> list[str]:
+        """The top-level keys that hold a plain value: what a user sets on the command line."""
+        return [
+            key
+            for key, value in self._shipped[0].items()
+            if not isinstance(value, (dict, list)) and not _is_expression(value) and not key.startswith("_")
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """The settings and their values."""
+        return {key: self.config[key] for key in self._settings()}
+
+    def share(self, **objects: Any) -> None:
+        """Hand finished objects to every later build, in the place of the config's components of these names."""
+        self._shared.update(objects)
+
+    def build(self, *ids: str, **overrides: Any) -> Any:
+        """Make components anew, together with all that they refer to.
+
+        Args:
+            ids: ids of components, such as ``"trainer"`` or ``"recipe::trainer"``, resolved together.
+            overrides: top-level keys to be replaced, by values or finished objects.
+
+        Returns:
+            One component, or a tuple of as many as there are ids.
+
+        Raises:
+            KeyError: if the config has no such id.
+            Exception: what the component itself raised, without MONAI's wrapping.
+        """
+        config = copy.deepcopy(self.config)
+        parser = ConfigParser({**config, **self._shared, **overrides})
+        try:
+            built = tuple(parser.get_parsed_content(id) for id in ids)
+        except Exception as error:
+            cause = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__  # type: ignore[assignment]
+            raise cause from None if cause is error else error
+        return built[0] if len(built) == 1 else built
+
+    def recipe_hash(self, *parts: str) -> str:
+        """Hash of everything in the config that the recipe's model depends on, and of further parts.
+
+        Args:
+            parts: what else it depends on: data, split and seed.
+        """
+        relevant: dict[str, Any] = {}
+        pending = ["recipe"]
+        while pending:
+            key = pending.pop()
+            if key in relevant or key in NOT_RECIPE or key not in self.config:
+                continue
+            relevant[key] = self.config[key]
+            pending += re.findall(r"@(\w+)", json.dumps(self.config[key], default=str))
+        content = json.dumps([relevant, parts], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Under ``python -m monai.bundle``, end on what the user can mend with its message instead of a traceback.
+
+    MONAI wraps every error of a config in others, so that the message that helps stands in the middle of sixty
+    lines. In Python code, errors are raised as they are.
+    """
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        if Path(sys.argv[0]).parts[-3:] != ("monai", "bundle", "__main__.py"):
+            raise
+        raise SystemExit(f"\nmonai_unlearn: {error}") from error
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _hint(key: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _is_expression(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("$", "@", "%"))
+
+
+def _components(config: Any, path: str = "") -> Iterator[tuple[str, dict]]:
+    """Every component of a config with its id."""
+    if isinstance(config, dict):
+        if "_target_" in config:
+            yield path, config
+        items: Iterable = config.items()
+    elif isinstance(config, list):
+        items = enumerate(config)
+    else:
+        return
+    for key, value in items:
+        yield from _components(value, f"{path}::{key}" if path else str(key))
+
+
+def _check_arguments(path: str, component: dict) -> None:
+    target = component["_target_"]
+    if not isinstance(target, str) or _is_expression(target):
+        return
+    found = locate(target if "." in target else str(ComponentLocator().get_component_module_name(target)) + f".{target}")
+    if found is None:
+        return  # MONAI says so when it comes to it
+    try:
+        parameters = inspect.signature(found).parameters
+    except (TypeError, ValueError):
+        return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for key in component:
+        if key not in parameters and not (key.startswith("_") and key.endswith("_")):
+            raise ValueError(
+                f"{path} ({target}) has no argument {key!r}{_hint(key, parameters)}. "
+                f"Arguments: {', '.join(parameters)}."
+            )
+
+
+def _typed(key: str, value: Any, shipped: Any) -> Any:
+    """A setting from the command line as the type that it has in the config."""
+    if _is_expression(value):
+        return value
+    if isinstance(shipped, bool):
+        words = {"true": True, "1": True, "false": False, "0": False}
+        if str(value).lower() not in words:
+            raise ValueError(f"{key} should be true or false, but got {value!r}.")
+        return words[str(value).lower()]
+    if isinstance(shipped, (int, float)):
+        whole = isinstance(shipped, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            raise ValueError(f"{key} should be a {'whole ' if whole else ''}number, but got {value!r}.")
+        if key in POSITIVE and value <= 0:
+            raise ValueError(f"{key} should be greater than 0, but got {value!r}.")
+    if value is not None and key.endswith(("_file", "_dir", "_checkpoint", "_indices", "_patients")):
+        return str(value)  # a file named 7 is not a number
+    return value

@@ -1,0 +1,142 @@
+"""Checkpoints as MONAI's ``CheckpointSaver`` writes them: read strictly, written in the form they came in."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+__all__ = ["Checkpoint", "file_hash", "load_checkpoint", "save_atomically"]
+
+# Where a checkpoint that is a dict of dicts keeps the network, in the order in which they are tried.
+NETWORK_KEYS = ("model", "network", "net", "state_dict")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network's state as a file holds it.
+
+    Args:
+        state_dict: parameter and buffer name → tensor, without a prefix of distributed training.
+        key: key of the network's state in the file; None if the file is the state itself.
+        prefix: what stands before every name in the file (``"module."``, or nothing).
+    """
+
+    state_dict: dict[str, torch.Tensor]
+    key: str | None = None
+    prefix: str = ""
+
+    def load_into(self, network: nn.Module) -> None:
+        """Load the state into a network, strictly.
+
+        Raises:
+            ValueError: if names or shapes differ, with the first differences.
+        """
+        own = network.state_dict()
+        missing = [name for name in own if name not in self.state_dict]
+        surplus = [name for name in self.state_dict if name not in own]
+        differ = [
+            f"{name} is {tuple(self.state_dict[name].shape)} in the checkpoint and {tuple(own[name].shape)} here"
+            for name in own
+            if name in self.state_dict and own[name].shape != self.state_dict[name].shape
+        ]
+        if missing or surplus or differ:
+            first = (differ + [f"{n} is missing" for n in missing] + [f"{n} is unknown" for n in surplus])[0]
+            raise ValueError(
+                f"The checkpoint is of another network: {len(missing)} entries are missing, {len(surplus)} unknown, "
+                f"{len(differ)} of another shape (first: {first}). Give network_def the architecture, channels and "
+                "number of classes that the checkpoint was trained with."
+            )
+        network.load_state_dict(self.state_dict, strict=True)
+
+    def with_state_of(self, network: nn.Module) -> dict:
+        """The content of a file of this form with another network's state, and nothing else.
+
+        Optimizer, averaged copies and trainer state carry traces of the forget set and are never taken over.
+        """
+        state = {}
+        for name, value in network.state_dict().items():
+            original = self.state_dict.get(name)
+            value = value.detach().cpu().contiguous()
+            state[self.prefix + name] = value if original is None else value.to(original.dtype)
+        return state if self.key is None else {self.key: state}
+
+
+def load_checkpoint(path: str | os.PathLike, key: str | None = None) -> Checkpoint:
+    """Read a network's state with ``weights_only=True``.
+
+    Args:
+        path: a bare state dict, or a dict with one under ``model``, ``network``, ``net`` or ``state_dict``.
+        key: key of the network's state, if it is another.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, holds code, holds no network, or holds values that are not finite.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"The checkpoint {str(path)!r} does not exist. Check the path.")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "eights_only" in str(error) and "GLOBAL" in str(error).upper():
+            raise ValueError(
+                f"{file.name} holds more than tensors: loading it would run code from the file. Save the network's "
+                "state_dict alone (torch.save(network.state_dict(), FILE)) where you trust the file."
+            ) from None
+        raise ValueError(f"{file.name} could not be read as a checkpoint. It is damaged: get it again.") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{file.name} could not be read as a checkpoint. It is damaged: get it again.") from error
+
+    if key is None and isinstance(content, Mapping) and not _is_state(content):
+        key = next((known for known in NETWORK_KEYS if isinstance(content.get(known), Mapping)), None)
+    if key is not None:
+        if not isinstance(content, Mapping) or key not in content:
+            there = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+            raise ValueError(f"{file.name} has no {key!r}; it holds {there}. Give the right one with --network_key.")
+        content = content[key]
+    if not isinstance(content, Mapping) or not _is_state(content):
+        there = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(
+            f"{file.name} holds no network state under {', '.join(NETWORK_KEYS)}; it holds {there}. "
+            "Name the key with --network_key."
+        )
+    bad = sum(not bool(torch.isfinite(value).all()) for value in content.values() if value.is_floating_point())
+    if bad:
+        raise ValueError(f"{file.name}: {bad} tensors hold NaN or infinity. The model is broken: use an earlier one.")
+    prefix = "module." if all(name.startswith("module.") for name in content) else ""
+    return Checkpoint({name[len(prefix) :]: value for name, value in content.items()}, key, prefix)
+
+
+def _is_state(content: Mapping) -> bool:
+    return bool(content) and all(isinstance(value, torch.Tensor) for value in content.values())
+
+
+def save_atomically(content: object, path: str | os.PathLike) -> None:
+    """``torch.save`` to a file that appears whole or not at all."""
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(content, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:  # Python 3.10
+    sha = hashlib.sha256()
+    for block in iter(lambda: file.read(1 << 20), b""):
+        sha.update(block)
+    return sha.hexdigest()

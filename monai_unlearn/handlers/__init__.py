@@ -1,0 +1,7 @@
+"""Everything that only observes an engine."""
+
+from monai_unlearn.handlers.cost_clock import CostClock
+from monai_unlearn.handlers.finite_loss import FiniteLoss
+from monai_unlearn.handlers.progress import Progress
+
+__all__ = ["CostClock", "FiniteLoss", "Progress"]

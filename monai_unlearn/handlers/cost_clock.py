@@ -1,0 +1,62 @@
+"""The clock of a training run."""
+
+from __future__ import annotations
+
+import time
+
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys
+
+from monai_unlearn.cost import Cost, synchronize
+
+__all__ = ["CostClock"]
+
+
+class CostClock:
+    """Measure what the iterations of a trainer cost: loading, steps and the methods' work within them.
+
+    The clock runs from the start of each epoch to the end of its last iteration, so neither what methods do before
+    the first epoch or after the last (they keep a ``cost`` of their own), nor a validation between epochs counts.
+
+    Runs on ``STARTED``, ``EPOCH_STARTED``, ``FORWARD_COMPLETED``, ``BACKWARD_COMPLETED`` and
+    ``ITERATION_COMPLETED``.
+
+    Attributes:
+        cost: the cost of the last run, or so far.
+    """
+
+    def __init__(self) -> None:
+        self.cost = Cost()
+        self._last = 0.0
+        self._rows = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Register on a trainer's events."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._count_forward)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._count_backward)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._tick)
+
+    def _start(self, engine: Engine) -> None:
+        self.cost = Cost()
+
+    def _start_epoch(self, engine: Engine) -> None:
+        synchronize(engine.state.device)
+        self._last = time.perf_counter()
+
+    def _count_forward(self, engine: Engine) -> None:
+        self._rows = len(engine.state.output[CommonKeys.PRED])
+        self.cost.samples += self._rows
+        self.cost.forward += self._rows
+
+    def _count_backward(self, engine: Engine) -> None:
+        self.cost.backward += self._rows
+
+    def _tick(self, engine: Engine) -> None:
+        if engine.state.iteration % engine.state.epoch_length == 0:
+            synchronize(engine.state.device)
+        now = time.perf_counter()
+        self.cost.seconds += now - self._last
+        self._last = now

@@ -1,0 +1,120 @@
+"""What every method asks of the trainer that it is attached to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import SupervisedTrainer
+from monai.handlers import CheckpointLoader, CheckpointSaver
+
+__all__ = [
+    "evaluation_mode",
+    "is_iterating",
+    "parameter_name",
+    "predict",
+    "require_before_savers",
+    "require_loaded_weights",
+    "require_supervised_trainer",
+    "unwrapped_handlers",
+]
+
+
+def require_supervised_trainer(engine: Engine, handler: object) -> None:
+    """Refuse an engine whose loop does not fire the events that the methods live on.
+
+    Raises:
+        TypeError: if ``engine`` is no ``SupervisedTrainer``, or has an ``iteration_update`` of its own.
+    """
+    name = type(handler).__name__
+    if not isinstance(engine, SupervisedTrainer):
+        raise TypeError(
+            f"{name} should be attached to a monai.engines.SupervisedTrainer, but got {type(engine).__name__}, "
+            "which does not fire the events of a supervised step."
+        )
+    step = engine._process_function
+    if getattr(step, "__func__", None) is not SupervisedTrainer._iteration:
+        raise TypeError(
+            f"{name} can't work in a trainer with an iteration_update of its own, which does not fire the events "
+            "of a supervised step. Use the trainer's own iteration."
+        )
+
+
+def unwrapped_handlers(engine: Engine, event: Any) -> list[object]:
+    """The handlers of an event in the order in which they run: objects rather than their bound methods."""
+    handlers = []
+    for function, *_ in engine._event_handlers[event]:
+        function = getattr(function, "__wrapped__", function)
+        handlers.append(getattr(function, "__self__", function))
+    return handlers
+
+
+def require_loaded_weights(engine: Engine, handler: object) -> None:
+    """Refuse a place in the handlers' list at which the trained weights are not there yet.
+
+    Raises:
+        RuntimeError: if a ``CheckpointLoader`` stands after ``handler``.
+    """
+    started = unwrapped_handlers(engine, Events.STARTED)
+    if any(isinstance(later, CheckpointLoader) for later in started[started.index(handler) + 1 :]):
+        raise RuntimeError(
+            f"{type(handler).__name__} stands before a CheckpointLoader, at a time when the weights are not loaded "
+            "yet. Put it after the CheckpointLoader in train_handlers."
+        )
+
+
+def require_before_savers(engine: Engine, handler: object) -> None:
+    """Refuse a place after a saver, for a handler that still changes the network when the run is completed.
+
+    Raises:
+        RuntimeError: if a ``CheckpointSaver`` of the final weights stands before ``handler``.
+    """
+    completed = unwrapped_handlers(engine, Events.COMPLETED)
+    if any(isinstance(earlier, CheckpointSaver) for earlier in completed[: completed.index(handler)]):
+        raise RuntimeError(
+            f"{type(handler).__name__} stands after a CheckpointSaver, which would save weights that are not final "
+            "yet. Put it before the CheckpointSaver in train_handlers."
+        )
+
+
+def is_iterating(engine: Engine) -> bool:
+    """Whether the engine is inside a run's loop: False again as soon as the run ended, also by an exception.
+
+    A hook that an exception left on the user's network or optimizer asks this before it does anything. Ignite has
+    no public state for it: its loader iterator is dropped on every way out of a run.
+    """
+    return getattr(engine, "_dataloader_iter", None) is not None
+
+
+def parameter_name(name: str) -> str:
+    """A parameter's name without what DataParallel, DistributedDataParallel and torch.compile put before it."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def predict(engine: SupervisedTrainer, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prediction and target of a batch, as the trainer's own step makes them, without automatic mixed precision."""
+    prepared = engine.prepare_batch(batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)
+    if len(prepared) == 2:
+        inputs, targets, args, kwargs = *prepared, (), {}
+    else:
+        inputs, targets, args, kwargs = prepared
+    # Past the wrapper of distributed training, whose hooks would expect a training step.
+    network = getattr(engine.network, "module", engine.network)
+    return engine.inferer(inputs, network, *args, **kwargs), targets
+
+
+@contextmanager
+def evaluation_mode(network: torch.nn.Module) -> Iterator[None]:
+    """Put all modules into evaluation mode for the block, and each back into its own mode afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,127 @@
+"""Folders that appear whole or not at all, and never over somebody's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["check_output_dir", "new_folder", "replaced_folder", "write_json"]
+
+# A folder with this file was written by a run, and may be moved aside by the next.
+MARKER = "report.json"
+
+
+def check_output_dir(output_dir: str | os.PathLike) -> Path:
+    """Refuse an output folder that is a file, holds somebody's files, or can't be written, before any work is done.
+
+    Raises:
+        FileExistsError: if it is there and is no earlier run.
+        PermissionError: if it can't be written.
+    """
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"output_dir should be a folder, but {str(output_dir)!r} is a file. Choose another.")
+    if path.is_dir() and any(path.iterdir()) and not _is_run(path):
+        raise FileExistsError(
+            f"output_dir {str(output_dir)!r} holds files that no run of monai_unlearn wrote. They are left as they "
+            "are: choose another folder with --output_dir."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = _unfinished(path)
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise PermissionError(
+            f"output_dir {str(output_dir)!r} can't be written ({error.strerror}). Choose another with --output_dir."
+        ) from error
+    return path
+
+
+@contextmanager
+def replaced_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write into, which takes the place of ``output_dir`` when the block ends without an error.
+
+    An earlier run there is kept as ``….1``, one before that as ``….2``, and so on. After an error nothing is
+    left; after a kill a hidden folder ``.….part-…`` is, which the next run removes.
+    """
+    path = check_output_dir(output_dir)
+    _remove_abandoned(path)
+    unfinished = _unfinished(path)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if path.is_dir() and any(path.iterdir()):
+            if not _is_run(path):  # written there while the run was at work
+                raise FileExistsError(f"output_dir {str(output_dir)!r} now holds files of another program.")
+            _move_aside(path)
+        os.replace(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``path`` when the block ends without an error; the first one stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    unfinished = _unfinished(path)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        try:
+            os.rename(unfinished, path)
+        except OSError:
+            if not path.is_dir():  # otherwise another run has just made the same
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_json(content: object, path: Path) -> None:
+    """Write standard JSON: NaN and infinity are an error, since no strict reader takes them."""
+    path.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        return "schema_version" in json.loads((path / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _move_aside(path: Path) -> None:
+    last = 1
+    while path.with_name(f"{path.name}.{last}").exists():
+        last += 1
+    for number in range(last, 1, -1):
+        os.replace(path.with_name(f"{path.name}.{number - 1}"), path.with_name(f"{path.name}.{number}"))
+    os.replace(path, path.with_name(f"{path.name}.1"))
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part-{socket.gethostname()}-{os.getpid()}")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed runs on this machine left behind; it may hold functions of forgotten data."""
+    start = f".{path.name}.part-{socket.gethostname()}-"
+    for left in path.parent.iterdir():
+        pid = left.name.removeprefix(start)
+        if left.name.startswith(start) and pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,93 @@
+"""Plots of the report, as SVG text to stand in the page itself."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+__all__ = ["accuracy_plot", "cost_plot", "score_plot"]
+
+# Okabe and Ito's colours, told apart by people with any colour vision, and by lightness in print.
+COLORS = {"original": "#8a8a8a", "unlearned": "#d55e00", "retrained": "#0072b2"}
+SPLITS = ("forget", "retain", "validation", "test")
+
+
+def accuracy_plot(models: Mapping[str, Any]) -> str:
+    """Accuracy of each model on each split, as grouped bars."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(models)
+    for i, (name, model) in enumerate(models.items()):
+        heights = [100 * (model[split]["accuracy"] or 0) for split in SPLITS]
+        places = np.arange(len(SPLITS)) + (i - (len(models) - 1) / 2) * width
+        bars = axes.bar(places, heights, width * 0.92, color=COLORS[name], label=f"{name} model")
+        axes.bar_label(bars, fmt="%.0f", fontsize=9)
+    axes.set_xticks(range(len(SPLITS)), [f"{split} set" for split in SPLITS])
+    axes.set_ylabel("accuracy in %")
+    axes.set_ylim(0, 112)
+    axes.legend(ncols=len(models), loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
+    return _svg(figure, axes)
+
+
+def score_plot(scores: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+    """Distribution of the per-sample score of forget and of unseen images, a panel for each model."""
+    figure = Figure(figsize=(8, 2.9), layout="constrained")
+    panels = figure.subplots(1, len(scores), sharex=True, sharey=True, squeeze=False)[0]
+    everything = np.concatenate([part for parts in scores.values() for part in parts.values()])
+    edges = np.linspace(*np.quantile(everything, [0.005, 0.995]) + np.array([0, 1e-9]), 31)
+    for axes, (name, parts) in zip(panels, scores.items()):
+        for part, label, color in (("validation", "never seen", "#4d4d4d"), ("forget", "to be forgotten", COLORS[name])):
+            values = np.clip(parts[part], edges[0], edges[-1])
+            axes.hist(
+                values,
+                edges,
+                weights=np.full(len(values), 100 / len(values)),
+                histtype="step" if part == "validation" else "stepfilled",
+                alpha=1 if part == "validation" else 0.55,
+                linewidth=1.6,
+                color=color,
+                label=label,
+            )
+        axes.set_title(f"{name} model", fontsize=11)
+        axes.set_xlabel("score (log-odds of the true class)")
+        axes.legend(fontsize=8, frameon=False, loc="upper left")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("% of images")
+    return _svg(figure)
+
+
+def cost_plot(cost: Mapping[str, Any]) -> str:
+    """Seconds of unlearning beside those of retraining."""
+    figure = Figure(figsize=(8, 1.7), layout="constrained")
+    axes = figure.subplots()
+    start = 0.0
+    for phase, color in (("mask", "#e69f00"), ("tuning", "#cc79a7"), ("unlearn", COLORS["unlearned"])):
+        seconds = cost[phase]["seconds"]
+        if seconds:
+            axes.barh("unlearning", seconds, left=start, color=color, label=f"{phase} {seconds:.1f} s")
+        start += seconds
+    if cost["retrain"] is not None:
+        seconds = cost["retrain"]["seconds"]
+        axes.barh("retraining", seconds, color=COLORS["retrained"], label=f"retrain {seconds:.1f} s")
+    axes.set_xlabel("seconds")
+    axes.invert_yaxis()
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _svg(figure, axes)
+
+
+def _svg(figure: Figure, axes: Axes | None = None) -> str:
+    if axes is not None:
+        axes.spines[["top", "right"]].set_visible(False)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    # Fixed size in points makes way for the page's width; the page gives each plot its text alternative.
+    svg = svg[svg.index("<svg") :]
+    head, rest = svg.split(">", 1)
+    head = " ".join(part for part in head.split() if not part.startswith(("width=", "height=")))
+    return f'{head} aria-hidden="true">{rest}'

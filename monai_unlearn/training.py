@@ -1,0 +1,109 @@
+"""Original and retrained models: trained by the bundle's recipe once, and kept with what they cost."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from monai.engines import SupervisedTrainer
+from monai.utils import set_determinism
+
+from monai_unlearn.bundle import Bundle
+from monai_unlearn.checkpoint import file_hash, load_checkpoint, save_atomically
+from monai_unlearn.cost import Cost
+from monai_unlearn.forget_set import ForgetSet
+from monai_unlearn.handlers import CostClock, FiniteLoss, Progress
+from monai_unlearn.methods import Retrain
+from monai_unlearn.output import new_folder, write_json
+from monai_unlearn.provenance import machine
+
+__all__ = ["TrainedModel", "find_model", "run_trainer", "train_model"]
+
+logger = logging.getLogger("monai_unlearn")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model on disk.
+
+    Args:
+        path: its checkpoint, a bare state dict.
+        cost: what its training cost, as measured then.
+        machine: fingerprint of the machine on which that was.
+    """
+
+    path: Path
+    cost: Cost
+    machine: dict
+
+
+def find_model(folder: Path) -> TrainedModel | None:
+    """The model that an earlier run kept in a folder, or None.
+
+    Raises:
+        ValueError: if its file was changed or damaged since.
+    """
+    if not folder.is_dir():
+        return None
+    path, record = folder / "model.pt", folder / "training.json"
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        intact = file_hash(path) == content["sha256"]
+        model = TrainedModel(path, Cost(**content["cost"]), content["machine"])
+    except (OSError, ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise ValueError(f"The model kept in {folder} was changed or damaged since. Remove that folder to train anew.")
+    return model
+
+
+def train_model(bundle: Bundle, folder: Path, seed: int, forget: ForgetSet | None, what: str) -> TrainedModel:
+    """Train by the bundle's recipe, or take the model that an earlier run has trained and kept.
+
+    Args:
+        bundle: the running bundle.
+        folder: where the model is kept, named by a hash of all that it depends on.
+        seed: seed of initialisation, order and augmentation.
+        forget: retrain without these samples; None trains on all.
+        what: what it is, for progress and messages.
+    """
+    kept = find_model(folder)
+    if kept is not None:
+        logger.info("%s model: taken from %s", what.capitalize(), kept.path)
+        return kept
+    set_determinism(seed)
+    trainer = bundle.build("recipe::trainer", train_seed=seed)
+    if forget is not None:
+        Retrain(forget, initial_state=trainer.network.state_dict()).attach(trainer)
+    cost = run_trainer(trainer, what)
+    here = machine(trainer.state.device)
+    with new_folder(folder) as unfinished:
+        state = {name: value.cpu().contiguous() for name, value in trainer.network.state_dict().items()}
+        save_atomically(state, unfinished / "model.pt")
+        load_checkpoint(unfinished / "model.pt")  # a model that can't be read back, or is not finite, is not kept
+        content = {"what": what, "cost": cost.as_dict(), "machine": here, "sha256": file_hash(unfinished / "model.pt")}
+        write_json(content, unfinished / "training.json")
+    logger.info("%s model: trained in %.0f s, kept in %s", what.capitalize(), cost.seconds, folder / "model.pt")
+    return TrainedModel(folder / "model.pt", cost, here)
+
+
+def run_trainer(trainer: SupervisedTrainer, what: str) -> Cost:
+    """Run a trainer with a progress bar, a check of the loss and a clock.
+
+    Returns:
+        What its iterations cost.
+
+    Raises:
+        RuntimeError: if it did not take a single step.
+    """
+    clock = CostClock()
+    for handler in (clock, FiniteLoss(), Progress(what)):
+        handler.attach(trainer)
+    trainer.run()
+    if not clock.cost.backward:
+        raise RuntimeError(
+            f"The {what} run took no step: its loader gives no batch. Use a smaller batch size, or more data."
+        )
+    return clock.cost
