@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from pydoc import locate
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from monai.bundle import ComponentLocator, ConfigParser, ConfigWorkflow
@@ -108,7 +108,7 @@ class Bundle:
     @property
     def config(self) -> dict:
         """The config with the command line's overrides, as read."""
-        return self._parser.config
+        return cast(dict, self._parser.config)
 
     def check(self) -> None:
         """Check the names of all keys and arguments, and the types of the settings.
@@ -236,11 +236,13 @@ def _check_arguments(path: str, component: dict) -> None:
     target = component["_target_"]
     if not isinstance(target, str) or _is_expression(target):
         return
-    found = locate(target if "." in target else str(ComponentLocator().get_component_module_name(target)) + f".{target}")
+    found = locate(
+        target if "." in target else str(ComponentLocator().get_component_module_name(target)) + f".{target}"
+    )
     if found is None:
         return  # MONAI says so when it comes to it
     try:
-        parameters = inspect.signature(found).parameters
+        parameters = inspect.signature(found).parameters  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import nn
@@ -135,7 +136,7 @@ def file_hash(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 
-def _digest(file) -> str:  # Python 3.10
+def _digest(file: IO[bytes]) -> str:  # Python 3.10
     sha = hashlib.sha256()
     for block in iter(lambda: file.read(1 << 20), b""):
         sha.update(block)

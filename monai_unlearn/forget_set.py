@@ -147,31 +147,36 @@ class ForgetSet:
                 )
         return found
 
-    def forget_loader(self, loader: DataLoader) -> DataLoader:
+    def forget_loader(self, loader: Iterable) -> DataLoader:
         """The forget samples of a loader's data, in order and without random transforms.
 
         Raises:
             ValueError: if they can't be found, or the random transforms can't be told from the others.
         """
+        loader = _rebuildable(loader)
         dataset = loader.dataset
         return _rebuilt(loader, Subset(_without_random(dataset), self.positions(dataset)), shuffle=False)
 
-    def retain_loader(self, loader: DataLoader, training: bool, limit: int | None = None, seed: int = 0) -> DataLoader:
+    def retain_loader(
+        self, loader: Iterable, training: bool, max_batches: int | None = None, seed: int = 0
+    ) -> DataLoader:
         """The retain samples of a loader's data.
 
         Args:
             loader: the training loader.
             training: True keeps random transforms and shuffling; False drops both.
-            limit: take at most so many samples, drawn with ``seed``.
+            max_batches: take at most the samples of so many batches, drawn with ``seed``.
             seed: seed of that draw.
 
         Raises:
             ValueError: as ``forget_loader``, or if the loader samples in another way than shuffled or in order.
         """
+        loader = _rebuildable(loader)
         dataset = loader.dataset
         forget = set(self.positions(dataset))
         retain = [i for i in range(len(dataset)) if i not in forget]  # type: ignore[arg-type]
-        if limit is not None and limit < len(retain):
+        limit = len(retain) if max_batches is None else max_batches * (loader.batch_size or 1)
+        if limit < len(retain):
             order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))
             retain = [retain[i] for i in sorted(order[:limit].tolist())]
         if not training:
@@ -270,12 +275,19 @@ def _deterministic(transform: Any) -> list[Transform]:
     return [transform]
 
 
+def _rebuildable(loader: Iterable) -> DataLoader:
+    if not isinstance(loader, DataLoader) or loader.batch_size is None:
+        raise ValueError(
+            f"The samples of a {type(loader).__name__} can't be loaded one part apart from the other: it is no "
+            "torch DataLoader, or one with a batch sampler of its own. Give the method a loader of its own."
+        )
+    return loader
+
+
 def _rebuilt(loader: DataLoader, dataset: Dataset, shuffle: bool) -> DataLoader:
-    if loader.batch_size is None:
-        raise ValueError("A loader with a batch sampler of its own can't be rebuilt. Give the method a loader.")
     size = len(dataset)  # type: ignore[arg-type]
     # BatchNorm is undefined on a batch of one image; when shuffling, another one is left out each epoch.
-    leaves_one = shuffle and size > 1 and size % loader.batch_size == 1
+    leaves_one = shuffle and size > 1 and size % (loader.batch_size or 1) == 1
     return DataLoader(
         dataset,
         batch_size=loader.batch_size,
@@ -283,7 +295,7 @@ def _rebuilt(loader: DataLoader, dataset: Dataset, shuffle: bool) -> DataLoader:
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        drop_last=(loader.drop_last and shuffle and size >= loader.batch_size) or leaves_one,
+        drop_last=(loader.drop_last and shuffle and size >= (loader.batch_size or 1)) or leaves_one,
         worker_init_fn=loader.worker_init_fn,
         generator=loader.generator,
     )

@@ -148,9 +148,7 @@ def _unlearn_into(folder: Path, run: _Run) -> tuple[dict, dict]:
     reference = None
     if settings["reference"]:
         seed = bundle.build("reference_seed")
-        reference = train_model(
-            bundle, run.model_folder(seed, forget=True), seed, split.forget_set(), "retrained"
-        )
+        reference = train_model(bundle, run.model_folder(seed, forget=True), seed, split.forget_set(), "retrained")
 
     set_determinism(settings["seed"])
     trainer, methods = bundle.build(
@@ -242,11 +240,14 @@ def _refuse_near_chance(original: dict[str, SplitResult], num_classes: int, path
 
 def _attack(splits: dict[str, SplitResult], run: _Run) -> dict[str, float]:
     members, others = splits["forget"].scores, splits["validation"].scores
-    groups = [
-        None if part.patients is None else part.patients[rows]
-        for part, rows in ((run.data.train, run.split.forget), (run.data.validation, run.split.validation))
-    ]
-    low, high = attack_auc_interval(members, others, *groups, seed=run.settings["seed"])
+    train, validation = run.data.train.patients, run.data.validation.patients
+    low, high = attack_auc_interval(
+        members,
+        others,
+        None if train is None else train[run.split.forget],
+        None if validation is None else validation[run.split.validation],
+        seed=run.settings["seed"],
+    )
     return {"auc": attack_auc(members, others), "low": low, "high": high}
 
 

@@ -24,6 +24,7 @@ class RandomFlip:
         self.prob = prob
 
     def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Return a new batch of the same shape, B × C × spatial."""
         flip = torch.rand(len(images), generator=generator, device=images.device) < self.prob
         flip = flip.view(-1, *[1] * (images.ndim - 1))
         return torch.where(flip, images.flip(self.spatial_axis + 2), images)
@@ -42,10 +43,9 @@ class RandomShift:
         self.pixels = pixels
 
     def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Return a new batch of the same shape, B × C × H × W."""
         n, _, height, width = images.shape
-        shift = torch.randint(
-            -self.pixels, self.pixels + 1, (2, n, 1), generator=generator, device=images.device
-        )
+        shift = torch.randint(-self.pixels, self.pixels + 1, (2, n, 1), generator=generator, device=images.device)
         rows = (torch.arange(height, device=images.device) + shift[0]).clamp_(0, height - 1)
         columns = (torch.arange(width, device=images.device) + shift[1]).clamp_(0, width - 1)
         batch = torch.arange(n, device=images.device)

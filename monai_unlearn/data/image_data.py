@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -100,10 +101,12 @@ class ImageData:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes."""
         return len(self.class_names)
 
     @property
     def channels(self) -> int:
+        """Number of channels of an image, 1 for grey."""
         return 1 if self.train.images.ndim == 3 else self.train.images.shape[3]
 
     def digest(self) -> str:
@@ -173,7 +176,7 @@ class ImageDataset(Dataset):
         return {"image": images, "label": self._labels[rows], "index": self._index[rows]}
 
 
-def _already_batched(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _already_batched(batch: Any) -> Any:
     return batch
 
 

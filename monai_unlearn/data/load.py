@@ -9,7 +9,9 @@ from monai_unlearn.data.synthetic import synthetic_cells
 __all__ = ["load_data"]
 
 
-def load_data(dataset_file: str | None = None, download: str | None = None, dataset_dir: str = "runs/data") -> ImageData:
+def load_data(
+    dataset_file: str | None = None, download: str | None = None, dataset_dir: str = "runs/data"
+) -> ImageData:
     """Load a data set; without arguments, the embedded one.
 
     Args:

@@ -145,7 +145,9 @@ def _lines(file: str | os.PathLike, what: str) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{what} should be a text file with one entry a line, but {path.name!r} is not text.") from None
+        raise ValueError(
+            f"{what} should be a text file with one entry a line, but {path.name!r} is not text."
+        ) from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{what} should name at least one entry, but {path.name!r} is empty. Nothing to forget.")

@@ -54,7 +54,9 @@ def probabilities_and_one_hot(output: Mapping[str, torch.Tensor]) -> tuple[torch
     return logits.softmax(1), nn.functional.one_hot(labels.long(), logits.shape[1])
 
 
-def evaluate(evaluator: SupervisedEvaluator, network: nn.Module, loaders: Mapping[str, DataLoader]) -> dict[str, SplitResult]:
+def evaluate(
+    evaluator: SupervisedEvaluator, network: nn.Module, loaders: Mapping[str, DataLoader]
+) -> dict[str, SplitResult]:
     """Run an evaluator over splits, one pass each.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from ignite.engine import Engine, Events
+from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
 
@@ -39,22 +40,22 @@ class CostClock:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._count_backward)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._tick)
 
-    def _start(self, engine: Engine) -> None:
+    def _start(self, engine: SupervisedTrainer) -> None:
         self.cost = Cost()
 
-    def _start_epoch(self, engine: Engine) -> None:
+    def _start_epoch(self, engine: SupervisedTrainer) -> None:
         synchronize(engine.state.device)
         self._last = time.perf_counter()
 
-    def _count_forward(self, engine: Engine) -> None:
+    def _count_forward(self, engine: SupervisedTrainer) -> None:
         self._rows = len(engine.state.output[CommonKeys.PRED])
         self.cost.samples += self._rows
         self.cost.forward += self._rows
 
-    def _count_backward(self, engine: Engine) -> None:
+    def _count_backward(self, engine: SupervisedTrainer) -> None:
         self.cost.backward += self._rows
 
-    def _tick(self, engine: Engine) -> None:
+    def _tick(self, engine: SupervisedTrainer) -> None:
         if engine.state.iteration % engine.state.epoch_length == 0:
             synchronize(engine.state.device)
         now = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from ignite.engine import Engine
+from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
 
@@ -24,7 +25,7 @@ class FiniteLoss:
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._check)
 
     @staticmethod
-    def _check(engine: Engine) -> None:
+    def _check(engine: SupervisedTrainer) -> None:
         loss = engine.state.output[CommonKeys.LOSS]
         if not bool(torch.isfinite(loss).all()):
             raise FloatingPointError(

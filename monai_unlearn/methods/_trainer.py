@@ -98,9 +98,10 @@ def parameter_name(name: str) -> str:
 
 def predict(engine: SupervisedTrainer, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Prediction and target of a batch, as the trainer's own step makes them, without automatic mixed precision."""
-    prepared = engine.prepare_batch(batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)
+    prepared: Any = engine.prepare_batch(batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)
     if len(prepared) == 2:
-        inputs, targets, args, kwargs = *prepared, (), {}
+        inputs, targets = prepared
+        args, kwargs = (), {}
     else:
         inputs, targets, args, kwargs = prepared
     # Past the wrapper of distributed training, whose hooks would expect a training step.

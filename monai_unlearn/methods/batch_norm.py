@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
@@ -99,10 +101,7 @@ class BatchNormPolicy:
         with seconds_of(self.cost, engine.state.device):
             loader = self.loader
             if loader is None:
-                batch_size = engine.data_loader.batch_size or 1
-                loader = self.forget.retain_loader(
-                    engine.data_loader, training=False, limit=self.max_batches * batch_size
-                )
+                loader = self.forget.retain_loader(engine.data_loader, training=False, max_batches=self.max_batches)
             self._estimate(engine, layers, loader)
 
     def _estimate(self, engine: SupervisedTrainer, layers: list[_BatchNorm], loader: DataLoader) -> None:
@@ -139,6 +138,6 @@ def _batch_norms(network: nn.Module) -> list[_BatchNorm]:
     return [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
 
 
-def _rows(batch: object) -> int:
+def _rows(batch: Any) -> int:
     values = batch.values() if isinstance(batch, dict) else batch
-    return min(len(value) for value in values if isinstance(value, torch.Tensor))  # type: ignore[union-attr]
+    return min(len(value) for value in values if isinstance(value, torch.Tensor))

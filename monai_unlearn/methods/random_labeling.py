@@ -41,7 +41,7 @@ def other_labels(labels: torch.Tensor, num_classes: int, generator: torch.Genera
 
 
 class RandomLabeling:
-    """Train on a random wrong label for each forget sample, and on the true label for all others.
+    r"""Train on a random wrong label for each forget sample, and on the true label for all others.
 
     minimise CE(f(x), y) over the retain set + CE(f(x), y′) over the forget set, y′ ~ U({1…C} \\ {y}), redrawn
     each time a sample is met, that is, each epoch. With two classes the label is flipped, the same in every epoch.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -96,7 +97,7 @@ class Retrain:
         engine.state.epoch_length = len(loader)
 
     def _restore_network(self, network: nn.Module) -> None:
-        state = self.initial_state
+        state: Any = self.initial_state
         if callable(state) and not isinstance(state, nn.Module):
             state = state()
         if isinstance(state, nn.Module):
@@ -107,7 +108,9 @@ class Retrain:
         own = network.state_dict()
         missing = [name for name in own if parameter_name(name) not in start]
         surplus = len(start) - (len(own) - len(missing))
-        wrong = [name for name, v in own.items() if name not in missing and v.shape != start[parameter_name(name)].shape]
+        wrong = [
+            name for name, v in own.items() if name not in missing and v.shape != start[parameter_name(name)].shape
+        ]
         if missing or surplus or wrong:
             raise ValueError(
                 f"initial_state should hold exactly the network's {len(own)} parameters and buffers, but "
@@ -126,7 +129,7 @@ class Retrain:
             if isinstance(handler, LrScheduleHandler)
         }
         for handler in handlers.values():
-            scheduler = handler.lr_scheduler
+            scheduler: Any = handler.lr_scheduler
             if getattr(scheduler, "last_epoch", None) == 0:
                 continue  # as it was made
             if not isinstance(scheduler, RESTARTABLE):

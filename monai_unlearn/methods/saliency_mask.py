@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
@@ -33,7 +33,7 @@ __all__ = ["SaliencyMask", "summed_gradient", "summed_loss", "top_fraction"]
 SAMPLEWISE = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.MSELoss, nn.L1Loss, nn.HuberLoss)
 
 
-def summed_loss(loss_function: Callable, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def summed_loss(loss_function: Any, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Sum over a batch of the loss that each sample has alone, whatever the loss's own reduction.
 
     Args:
@@ -58,9 +58,7 @@ def summed_loss(loss_function: Callable, prediction: torch.Tensor, target: torch
     ).sum()
 
 
-def summed_gradient(
-    parameters: list[nn.Parameter], losses: Iterable[torch.Tensor]
-) -> tuple[torch.Tensor, list[bool]]:
+def summed_gradient(parameters: list[nn.Parameter], losses: Iterable[torch.Tensor]) -> tuple[torch.Tensor, list[bool]]:
     """Gradient of a sum of losses, with one backward pass for each and no trace in ``.grad``.
 
     Args:
@@ -279,7 +277,7 @@ class _MaskedStep:
         self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
         # A first moment that is zero stays zero under zero gradients: only an earlier run's has to be cleared.
         for parameter, state in self.optimizer.state.items():
-            if parameter in frozen:
+            if isinstance(parameter, nn.Parameter) and parameter in frozen:
                 for moment in ("momentum_buffer", "exp_avg"):
                     if isinstance(state.get(moment), torch.Tensor):
                         state[moment].masked_fill_(frozen[parameter], 0)

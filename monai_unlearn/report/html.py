@@ -50,14 +50,16 @@ def _findings(report: Mapping[str, Any]) -> list[str]:
     auc = unlearned["attack"]["auc"]
     if unlearned["attack"]["low"] is None:
         sentences.append(
-            f"With {n} images to be forgotten, nothing can be said about whether they can still be told from unseen ones."
+            f"With {n} images to be forgotten, nothing can be said about whether they can still be told from unseen "
+            "ones."
         )
     elif retrained is not None and auc is not None:
         low, high = retrained["attack"]["low"], retrained["attack"]["high"]
         told = (
             f"An attacker who guesses from the model's scores which of two images was to be forgotten is right in "
-            f"{100 * auc:.0f} % of pairs ({interval(unlearned['attack'])}); for a model that never saw these images it "
-            f"is {100 * retrained['attack']['auc']:.0f} %."
+            f"{100 * auc:.0f} % of pairs ({100 * unlearned['attack']['low']:.0f} to "
+            f"{100 * unlearned['attack']['high']:.0f} %); for a model that never saw these images it is "
+            f"{100 * retrained['attack']['auc']:.0f} %."
         )
         if auc < low:
             told += (

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 __all__ = ["accuracy_plot", "cost_plot", "score_plot"]
 
@@ -39,9 +41,10 @@ def score_plot(scores: Mapping[str, Mapping[str, np.ndarray]]) -> str:
     figure = Figure(figsize=(8, 2.9), layout="constrained")
     panels = figure.subplots(1, len(scores), sharex=True, sharey=True, squeeze=False)[0]
     everything = np.concatenate([part for parts in scores.values() for part in parts.values()])
-    edges = np.linspace(*np.quantile(everything, [0.005, 0.995]) + np.array([0, 1e-9]), 31)
+    low, high = np.quantile(everything, [0.005, 0.995])
+    edges = np.linspace(low, max(high, low + 1e-9), 31)
     for axes, (name, parts) in zip(panels, scores.items()):
-        for part, label, color in (("validation", "never seen", "#4d4d4d"), ("forget", "to be forgotten", COLORS[name])):
+        for part, color in (("validation", "#4d4d4d"), ("forget", COLORS[name])):
             values = np.clip(parts[part], edges[0], edges[-1])
             axes.hist(
                 values,
@@ -51,13 +54,19 @@ def score_plot(scores: Mapping[str, Mapping[str, np.ndarray]]) -> str:
                 alpha=1 if part == "validation" else 0.55,
                 linewidth=1.6,
                 color=color,
-                label=label,
             )
         axes.set_title(f"{name} model", fontsize=11)
         axes.set_xlabel("score (log-odds of the true class)")
-        axes.legend(fontsize=8, frameon=False, loc="upper left")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("% of images")
+    handles = [Line2D([], [], color="#4d4d4d", linewidth=1.6), Patch(color="#b0b0b0")]
+    figure.legend(
+        handles,
+        ["never seen (outline)", "to be forgotten (filled)"],
+        loc="outside upper center",
+        ncols=2,
+        frameon=False,
+    )
     return _svg(figure)
 
 

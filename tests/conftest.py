@@ -1,0 +1,68 @@
+"""A small classification problem with a trainer, for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedTrainer
+from monai.transforms import Compose, EnsureTyped
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def records() -> list[dict]:
+    """Thirty 1 × 6 × 6 images of three classes as MONAI records, six patients with five images each."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(30, 1, 6, 6, generator=generator)
+    labels = torch.arange(30) % 3
+    images += labels.view(-1, 1, 1, 1)
+    return [
+        {"image": image, "label": label, "index": i, "patient": f"P{i // 5}"}
+        for i, (image, label) in enumerate(zip(images, labels))
+    ]
+
+
+@pytest.fixture
+def make_network() -> Callable[..., nn.Module]:
+    """A small network with convolution, BatchNorm and a linear layer."""
+
+    def make(classes: int = 3, seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(records: list[dict], make_network: Callable[..., nn.Module]) -> Callable[..., SupervisedTrainer]:
+    """An ordinary MONAI trainer over the records, as a user would have it."""
+
+    def make(handlers: list | tuple = (), **changes: object) -> SupervisedTrainer:
+        network = changes.pop("network", None) or make_network()
+        dataset = changes.pop("dataset", None) or Dataset(records, transform=Compose([EnsureTyped("image")]))
+        batch_size, shuffle = changes.pop("batch_size", 8), changes.pop("shuffle", True)
+        settings = {
+            "device": "cpu",
+            "max_epochs": 2,
+            "train_data_loader": DataLoader(
+                dataset, batch_size=batch_size, shuffle=shuffle, generator=torch.Generator().manual_seed(0)
+            ),
+            "network": network,
+            "optimizer": torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01),
+            "loss_function": nn.CrossEntropyLoss(),
+            "decollate": False,
+            "train_handlers": list(handlers),
+        }
+        return SupervisedTrainer(**{**settings, **changes})
+
+    return make
