@@ -208,6 +208,7 @@ CONFIGS = {
         **DATA,
         **RECIPE,
         **COMPONENTS,
+        "split": {"_target_": "monai_unlearn.data.make_split", "data": "@data"},
         **EVALUATOR,
         "train": {"_target_": "monai_unlearn.workflow.train", "bundle": "@bundle"},
     },
@@ -219,15 +220,11 @@ CONFIGS = {
     "retrain": method_config(
         "retrain",
         {},
-        [RETRAIN],
+        [{**COMPONENTS["recipe"]["trainer"]["train_handlers"][0], "lr_scheduler": "@lr_scheduler"}, RETRAIN],
         reference_seed="$@seed + 1",
         optimizer=COMPONENTS["recipe"]["optimizer"],
         lr_scheduler={**COMPONENTS["recipe"]["lr_scheduler"], "optimizer": "@optimizer"},
-        trainer={
-            **UNLEARNING["trainer"],
-            "max_epochs": "@train_epochs",
-            "train_handlers": [*COMPONENTS["recipe"]["trainer"]["train_handlers"], RETRAIN],
-        },
+        trainer={**UNLEARNING["trainer"], "max_epochs": "@train_epochs"},
     ),
 }
 

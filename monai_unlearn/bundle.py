@@ -137,8 +137,12 @@ class Bundle:
         ]
 
     def settings(self) -> dict[str, Any]:
-        """The settings and their values."""
-        return {key: self.config[key] for key in self._settings()}
+        """The settings and their values, those of expressions too."""
+        values = {key: self.config[key] for key in self._settings()}
+        for key, value in values.items():
+            if _is_expression(value):
+                values[key] = _typed(key, self.build(key), self._shipped[0][key])
+        return values
 
     def share(self, **objects: Any) -> None:
         """Hand finished objects to every later build, in the place of the config's components of these names."""
@@ -163,10 +167,8 @@ class Bundle:
         try:
             built = tuple(parser.get_parsed_content(id) for id in ids)
         except Exception as error:
-            cause = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__  # type: ignore[assignment]
-            raise cause from None if cause is error else error
+            raised = _unwrapped(error)
+            raise raised from raised.__cause__
         return built[0] if len(built) == 1 else built
 
     def recipe_hash(self, *parts: str) -> str:
@@ -200,6 +202,17 @@ def readable_errors() -> Iterator[None]:
         if Path(sys.argv[0]).parts[-3:] != ("monai", "bundle", "__main__.py"):
             raise
         raise SystemExit(f"\nmonai_unlearn: {error}") from error
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """What a component raised, out of the errors in which MONAI wraps it; its own cause stays with it."""
+    while (
+        type(error) is RuntimeError
+        and str(error).startswith(("Failed to instantiate", "Failed to evaluate"))
+        and error.__cause__ is not None
+    ):
+        error = error.__cause__
+    return error
 
 
 def _frames() -> Iterator[FrameType]:

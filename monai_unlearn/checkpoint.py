@@ -92,7 +92,7 @@ def load_checkpoint(path: str | os.PathLike, key: str | None = None) -> Checkpoi
                 "state_dict alone (torch.save(network.state_dict(), FILE)) where you trust the file."
             ) from None
         raise ValueError(f"{file.name} could not be read as a checkpoint. It is damaged: get it again.") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # damage shows as whatever the unpickler trips over: TypeError, struct.error, …
         raise ValueError(f"{file.name} could not be read as a checkpoint. It is damaged: get it again.") from error
 
     if key is None and isinstance(content, Mapping) and not _is_state(content):
@@ -116,7 +116,7 @@ def load_checkpoint(path: str | os.PathLike, key: str | None = None) -> Checkpoi
 
 
 def _is_state(content: Mapping) -> bool:
-    return bool(content) and all(isinstance(value, torch.Tensor) for value in content.values())
+    return bool(content) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items())
 
 
 def save_atomically(content: object, path: str | os.PathLike) -> None:

@@ -128,6 +128,12 @@ class ForgetSet:
                 f"The forget samples can't be found in a {type(dataset).__name__}, which has no records in `.data`. "
                 "Give the method a loader of its own."
             )
+        size = len(dataset)  # type: ignore[arg-type]
+        if len(records) != size:  # patches, say
+            raise ValueError(
+                f"Which of its {len(records)} records each of the {size} samples of a {type(dataset).__name__} comes "
+                "from can't be told. Give the method a loader of its own."
+            )
         values = [self._value(record) for record in records]
         found = [i for i, value in enumerate(values) if self._matches(value)]
         if not found:
@@ -155,7 +161,8 @@ class ForgetSet:
         """
         loader = _rebuildable(loader)
         dataset = loader.dataset
-        return _rebuilt(loader, Subset(_without_random(dataset), self.positions(dataset)), shuffle=False)
+        part = Subset(_without_random(dataset), self.positions(dataset))
+        return _rebuilt(loader, part, shuffle=False, generator=torch.Generator())  # not the one of the training's order
 
     def retain_loader(
         self, loader: Iterable, training: bool, max_batches: int | None = None, seed: int = 0
@@ -180,12 +187,17 @@ class ForgetSet:
             order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))
             retain = [retain[i] for i in sorted(order[:limit].tolist())]
         if not training:
-            return _rebuilt(loader, Subset(_without_random(dataset), retain), shuffle=False)
-        if not isinstance(loader.sampler, (RandomSampler, SequentialSampler)):
+            part = Subset(_without_random(dataset), retain)
+            return _rebuilt(loader, part, shuffle=False, generator=torch.Generator())
+        sampler: Any = loader.sampler
+        shuffle = isinstance(sampler, RandomSampler)
+        once = isinstance(sampler, SequentialSampler) or (shuffle and not sampler.replacement)
+        if not once or len(sampler) != len(dataset):  # type: ignore[arg-type]
             raise ValueError(
-                f"A retain loader can't be made from a {type(loader.sampler).__name__}. Give the method a loader."
+                f"A retain loader can't be made from a {type(sampler).__name__} other than of each sample once, "
+                "in order or shuffled. Give the method a loader."
             )
-        return _rebuilt(loader, Subset(dataset, retain), shuffle=isinstance(loader.sampler, RandomSampler))
+        return _rebuilt(loader, Subset(dataset, retain), shuffle, loader.generator)
 
     def _value(self, record: Any) -> Any:
         """What identifies a record: its id, its flag or its image's path."""
@@ -284,7 +296,7 @@ def _rebuildable(loader: Iterable) -> DataLoader:
     return loader
 
 
-def _rebuilt(loader: DataLoader, dataset: Dataset, shuffle: bool) -> DataLoader:
+def _rebuilt(loader: DataLoader, dataset: Dataset, shuffle: bool, generator: torch.Generator | None) -> DataLoader:
     size = len(dataset)  # type: ignore[arg-type]
     # BatchNorm is undefined on a batch of one image; when shuffling, another one is left out each epoch.
     leaves_one = shuffle and size > 1 and size % (loader.batch_size or 1) == 1
@@ -297,5 +309,5 @@ def _rebuilt(loader: DataLoader, dataset: Dataset, shuffle: bool) -> DataLoader:
         pin_memory=loader.pin_memory,
         drop_last=(loader.drop_last and shuffle and size >= (loader.batch_size or 1)) or leaves_one,
         worker_init_fn=loader.worker_init_fn,
-        generator=loader.generator,
+        generator=generator,
     )

@@ -33,6 +33,7 @@ def check_output_dir(output_dir: str | os.PathLike) -> Path:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)  # a container's process may have the id that a killed one had
         probe = _unfinished(path)
         probe.mkdir()
         probe.rmdir()
@@ -113,7 +114,7 @@ def _remove_abandoned(path: Path) -> None:
     start = f".{path.name}.part-{socket.gethostname()}-"
     for left in path.parent.iterdir():
         pid = left.name.removeprefix(start)
-        if left.name.startswith(start) and pid.isdigit() and not _is_alive(int(pid)):
+        if left.name.startswith(start) and pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +52,7 @@ def read_medmnist(file: str | os.PathLike) -> ImageData:
             f"{path.name} should hold {{train,val,test}}_images and _labels as MedMNIST's files do, but has no "
             f"{missing.args[0]!r}. Check that it is a MedMNIST file."
         ) from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+    except Exception as error:  # damage shows as whatever zipfile, zlib and NumPy trip over: TypeError, zlib.error, …
         raise ValueError(
             f"{path.name} could not be read ({error}). It is damaged or no .npz file: fetch it again."
         ) from error
@@ -62,7 +61,10 @@ def read_medmnist(file: str | os.PathLike) -> ImageData:
     if info is not None:
         names = tuple(info["label"][str(i)] for i in range(len(info["label"])))
     else:
-        names = tuple(str(i) for i in range(1 + max(int(part.labels.max()) for part in parts.values())))
+        largest = max(int(part.labels.max()) for part in parts.values())
+        if largest >= len(parts["train"]):  # as many classes as images: these are no class numbers
+            raise ValueError(f"labels of {path.name} should number the classes from 0, but go up to {largest}.")
+        names = tuple(str(i) for i in range(1 + largest))
     if len(names) < 2:
         raise ValueError(f"{path.name} should have at least two classes, but has {len(names)}.")
     return ImageData(name=path.stem, class_names=names, **parts)

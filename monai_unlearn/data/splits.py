@@ -135,7 +135,7 @@ def _draw_fraction(fraction: float | None, n: int, patients: np.ndarray | None, 
 
 
 def _images_of(names: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    return np.flatnonzero(np.isin(patients, names))
+    return np.flatnonzero(np.isin(patients.astype(str), names.astype(str)))  # an id may be a number in the data
 
 
 def _lines(file: str | os.PathLike, what: str) -> list[str]:

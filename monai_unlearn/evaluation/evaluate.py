@@ -62,7 +62,7 @@ def evaluate(
     Args:
         evaluator: an evaluator without decollation whose metrics are named accuracy, auroc and loss; its network
             and loader are set for each run.
-        network: the network to evaluate; left in evaluation mode.
+        network: the network to evaluate, in evaluation mode; left as it was.
         loaders: split name → loader in a fixed order.
 
     Returns:

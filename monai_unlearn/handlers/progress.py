@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
+from tqdm import tqdm
 
 __all__ = ["Progress"]
 
@@ -19,13 +21,24 @@ class Progress:
 
     def __init__(self, description: str) -> None:
         self.description = description
+        self._started = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Register on an engine's events."""
         if sys.stderr.isatty():
             ProgressBar(desc=self.description).attach(engine)
-        else:
-            bar = ProgressBar(
-                desc=self.description, bar_format="{desc} {n_fmt}/{total_fmt} epochs [{elapsed}<{remaining}]\n"
-            )
-            bar.attach(engine, event_name=Events.EPOCH_COMPLETED, closing_event_name=Events.COMPLETED)
+        else:  # Ignite's bar writes some epochs twice there, and short ones not at all
+            engine.add_event_handler(Events.STARTED, self._start)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._write_line)
+
+    def _start(self, engine: Engine) -> None:
+        self._started = time.perf_counter()
+
+    def _write_line(self, engine: Engine) -> None:
+        line = tqdm.format_meter(
+            engine.state.epoch,
+            engine.state.max_epochs,
+            time.perf_counter() - self._started,
+            bar_format=self.description + " {n_fmt}/{total_fmt} epochs [{elapsed}<{remaining}]",
+        )
+        print(line, file=sys.stderr, flush=True)

@@ -105,17 +105,24 @@ def predict(engine: SupervisedTrainer, batch: Any) -> tuple[torch.Tensor, torch.
     else:
         inputs, targets, args, kwargs = prepared
     # Past the wrapper of distributed training, whose hooks would expect a training step.
-    network = getattr(engine.network, "module", engine.network)
+    network: torch.nn.Module = getattr(engine.network, "_orig_mod", engine.network)
+    if isinstance(network, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+        network = network.module
     return engine.inferer(inputs, network, *args, **kwargs), targets
 
 
 @contextmanager
 def evaluation_mode(network: torch.nn.Module) -> Iterator[None]:
-    """Put all modules into evaluation mode for the block, and each back into its own mode afterwards."""
+    """Put all modules into evaluation mode for the block, and each back into its own mode afterwards.
+
+    The global random state is put back too: a loader draws from it, and the run must not depend on that.
+    """
     modes = [(module, module.training) for module in network.modules()]
+    devices = {parameter.device for parameter in network.parameters() if parameter.device.type == "cuda"}
     network.eval()
     try:
-        yield
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            yield
     finally:
         for module, training in modes:
             module.training = training

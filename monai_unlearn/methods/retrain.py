@@ -70,6 +70,8 @@ class Retrain:
         loader: DataLoader | None = None,
     ) -> None:
         self.forget = forget
+        if isinstance(initial_state, nn.Module):
+            initial_state = initial_state.state_dict()
         if isinstance(initial_state, Mapping):  # often a live view of the weights that are about to change
             initial_state = {name: value.detach().clone() for name, value in initial_state.items()}
         self.initial_state = initial_state

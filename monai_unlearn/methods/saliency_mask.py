@@ -69,16 +69,20 @@ def summed_gradient(parameters: list[nn.Parameter], losses: Iterable[torch.Tenso
         The gradient as one flat tensor in the order of the parameters, and for each parameter whether any loss
         depends on it.
     """
-    flat = torch.cat([torch.zeros_like(p, memory_format=torch.contiguous_format).view(-1) for p in parameters])
-    pieces = flat.split([p.numel() for p in parameters])
-    reached = [False] * len(parameters)
+    # Sums keep each parameter's memory layout (channels-last, say), in which adding takes a fraction of the time.
+    sums: list[torch.Tensor | None] = [None] * len(parameters)
     for loss in losses:
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for i, gradient in enumerate(gradients):
+        for i, gradient in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True)):
             if gradient is not None:
-                pieces[i].view(parameters[i].shape).add_(gradient)
-                reached[i] = True
-        del gradients
+                total = sums[i]
+                # A copy, as autograd may give two parameters one tensor, or an expanded one.
+                sums[i] = gradient.clone() if total is None else total.add_(gradient)
+    reached = [total is not None for total in sums]
+    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+    for piece, parameter in zip(flat.split([p.numel() for p in parameters]), parameters):
+        total = sums.pop(0)  # dropped one by one, so that no second copy of all of them is ever there
+        if total is not None:
+            piece.view(parameter.shape).copy_(total)
     return flat, reached
 
 
@@ -95,15 +99,31 @@ def top_fraction(values: torch.Tensor, ratio: float) -> torch.Tensor:
     count = math.floor(ratio * values.numel() + 0.5)
     if count in (0, values.numel()):
         return torch.full_like(values, bool(count), dtype=torch.bool)
-    # NumPy's selection takes a twentieth of a sort's time and one copy; torch.quantile refuses 16 million values.
-    ordered = values.detach().cpu().numpy().copy()
-    ordered.partition(len(ordered) - count)
-    threshold = float(ordered[len(ordered) - count])
-    del ordered
+    threshold = _nth_largest(values.detach(), count)
     mask = values > threshold
-    ties = torch.nonzero(values == threshold).view(-1)
-    mask[ties[: count - int(mask.sum())]] = True
+    missing = count - int(mask.count_nonzero())
+    mask[torch.nonzero(values == threshold).view(-1)[:missing]] = True
     return mask
+
+
+def _nth_largest(values: torch.Tensor, n: int) -> torch.Tensor:
+    """The n-th largest of many values.
+
+    A sample tells between which two values it lies, so that only the few of these are left to sort: a fifth of the
+    time of a selection over all, and no copy of them.
+    """
+    size = values.numel()
+    if size > 100_000:
+        sample = (
+            values[torch.linspace(0, size - 1, 10_000, device=values.device, dtype=torch.float64).long()].sort().values
+        )
+        place = round((1 - n / size) * (len(sample) - 1))
+        low, high = sample[max(place - 200, 0)], sample[min(place + 200, len(sample) - 1)]
+        above = int((values > high).count_nonzero())
+        between = values[(values >= low) & (values <= high)]
+        if above < n <= above + len(between):
+            values, n, size = between, n - above, len(between)
+    return values.kthvalue(size - n + 1).values
 
 
 class SaliencyMask:
@@ -165,14 +185,14 @@ class SaliencyMask:
         self.path = None if path is None else Path(path)
         self.cost = Cost()
         self._names: dict[nn.Parameter, str] = {}
-        self._frozen: dict[nn.Parameter, torch.Tensor] = {}
+        self._may_change: dict[nn.Parameter, torch.Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._step: _MaskedStep | None = None
 
     @property
     def mask(self) -> dict[str, torch.Tensor]:
         """Parameter name → True where the weight may change; empty before a run."""
-        return {self._names[parameter]: ~frozen for parameter, frozen in self._frozen.items()}
+        return {self._names[parameter]: mask for parameter, mask in self._may_change.items()}
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer's events."""
@@ -190,7 +210,7 @@ class SaliencyMask:
             self._compute(engine)
         if self.path is not None:
             self._save(self.path)
-        self._step = _MaskedStep(engine, self._frozen)
+        self._step = _MaskedStep(engine, self._may_change)
         self._hooks = [
             engine.optimizer.register_step_pre_hook(self._step.before),
             engine.optimizer.register_step_post_hook(self._step.after),
@@ -207,27 +227,25 @@ class SaliencyMask:
             gradient, reached = summed_gradient(parameters, self._losses(engine, loader))
         if not self.cost.samples:
             raise ValueError("The loader of forget samples should hold at least one sample, but is empty.")
-        if not bool(torch.isfinite(gradient).all()):
+        gradient.abs_()
+        if not bool(torch.isfinite(gradient.max())):
             raise RuntimeError(
                 "The gradient over the forget samples should be finite, but holds NaN or infinity. "
                 "Check the images and the original model's loss."
             )
-        gradient.abs_()
         if not all(reached):
             sizes = [p.numel() if hit else 0 for p, hit in zip(parameters, reached)]
             gradient = torch.cat([g for g, hit in zip(gradient.split([p.numel() for p in parameters]), reached) if hit])
         else:
             sizes = [p.numel() for p in parameters]
-        frozen = top_fraction(gradient, self.ratio).logical_not_()
+        mask = top_fraction(gradient, self.ratio)
         self._names = {parameter: parameter_name(n) for n, parameter in network.named_parameters()}
-        # Parameters outside the choice, in the network or reached by no gradient, are frozen whole.
-        self._frozen = {
-            p: torch.ones_like(p, dtype=torch.bool) for n, p in network.named_parameters() if not p.requires_grad
-        }
-        for (_, parameter), piece in zip(trainable, frozen.split(sizes)):
-            self._frozen[parameter] = (
-                piece.view(parameter.shape) if len(piece) else torch.ones_like(parameter, dtype=torch.bool)
-            )
+        # In each parameter's own memory layout, so that masking its gradient is one run through memory. What is
+        # outside the choice (not trainable, or reached by no gradient) may not change.
+        self._may_change = {p: torch.zeros_like(p, dtype=torch.bool) for p in network.parameters()}
+        for (_, parameter), piece in zip(trainable, mask.split(sizes)):
+            if len(piece):
+                self._may_change[parameter].copy_(piece.view(parameter.shape))
 
     def _losses(self, engine: SupervisedTrainer, loader: DataLoader) -> Iterable[torch.Tensor]:
         for batch in loader:
@@ -268,28 +286,30 @@ class SaliencyMask:
 class _MaskedStep:
     """What happens right before and right after an optimizer's step, so that frozen weights stay as they are."""
 
-    def __init__(self, engine: SupervisedTrainer, frozen: dict[nn.Parameter, torch.Tensor]) -> None:
+    def __init__(self, engine: SupervisedTrainer, may_change: dict[nn.Parameter, torch.Tensor]) -> None:
         self.engine = engine
         self.optimizer = engine.optimizer
         self.steps = 0
-        self._frozen = frozen
+        self._may_change = may_change
         self._decay: list[tuple[dict, float]] = []
         self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
         # A first moment that is zero stays zero under zero gradients: only an earlier run's has to be cleared.
         for parameter, state in self.optimizer.state.items():
-            if isinstance(parameter, nn.Parameter) and parameter in frozen:
+            if isinstance(parameter, nn.Parameter) and parameter in may_change:
                 for moment in ("momentum_buffer", "exp_avg"):
                     if isinstance(state.get(moment), torch.Tensor):
-                        state[moment].masked_fill_(frozen[parameter], 0)
+                        keep_(state[moment], may_change[parameter])
 
     def _is_exact(self, group: dict) -> bool:
         """Whether zero gradients and moments leave a weight bit-identical in this optimizer, without its decay."""
         known = type(self.optimizer) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
         # Fused steps may unscale gradients themselves: what is added to these here would be unscaled too.
-        return known and not any(group.get(option) for option in ("fused", "capturable", "differentiable"))
+        # Maximizing turns a gradient of 0.0 into -0.0, which turns a weight of -0.0 into 0.0.
+        return known and not any(group.get(option) for option in ("fused", "capturable", "differentiable", "maximize"))
 
     @torch.no_grad()
     def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Zero the gradients of frozen weights and take weight decay off the optimizer's hands."""
         if not is_iterating(self.engine):  # an exception ended the run; the optimizer is the user's again
             return
         for group in optimizer.param_groups:
@@ -297,35 +317,46 @@ class _MaskedStep:
             decay = group.get("weight_decay", 0)
             apart = type(optimizer) is torch.optim.AdamW or group.get("decoupled_weight_decay", False)
             for parameter in group["params"]:
-                frozen = self._frozen.get(parameter)
+                mask = self._may_change.get(parameter)  # None: the optimizer's, but not the network's
                 if parameter.grad is None:
                     continue
-                if frozen is None:  # not the network's own, so not this mask's business but for its decay
-                    frozen = torch.zeros((), dtype=torch.bool, device=parameter.device)
                 if not exact:
                     self._kept.append((parameter, parameter.detach().clone()))
                 elif decay and apart:
-                    parameter.copy_(torch.where(frozen, parameter, parameter * (1 - group["lr"] * decay)))
+                    decayed = parameter * (1 - group["lr"] * decay)
+                    parameter.copy_(decayed if mask is None else torch.where(mask, decayed, parameter))
                 elif decay:
-                    parameter.grad.add_(parameter, alpha=-decay if group.get("maximize") else decay)
-                parameter.grad.masked_fill_(frozen, 0)
+                    parameter.grad.add_(parameter, alpha=decay)
+                if mask is not None:
+                    keep_(parameter.grad, mask)
             if exact and decay:
                 self._decay.append((group, decay))
                 group["weight_decay"] = 0 * decay
 
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Put frozen weights back where the optimizer may have moved them, and weight decay where it was."""
         if not is_iterating(self.engine):
             return
         for parameter, value in self._kept:
-            frozen = self._frozen.get(parameter)
-            if frozen is not None:
-                parameter.copy_(torch.where(frozen, value, parameter))
+            if parameter in self._may_change:
+                parameter.copy_(torch.where(self._may_change[parameter], parameter, value))
         self._kept = []
         self.put_back_decay()
         self.steps += 1
 
     def put_back_decay(self) -> None:
+        """Give the parameter groups their weight decay back."""
         for group, decay in self._decay:
             group["weight_decay"] = decay
         self._decay = []
+
+
+def keep_(values: torch.Tensor, mask: torch.Tensor) -> None:
+    """Zero the values where the mask is False, in place.
+
+    The bit patterns are multiplied by 0 or 1 as integers: NaN and infinity become zero too, as with
+    ``masked_fill_``, in an eighth of its time on a CPU.
+    """
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    values.view(integers).mul_(mask.view(torch.uint8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ def accuracy_plot(models: Mapping[str, Any]) -> str:
     axes.set_ylabel("accuracy in %")
     axes.set_ylim(0, 112)
     axes.legend(ncols=len(models), loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
-    return _svg(figure, axes)
+    return _svg("accuracy", figure, axes)
 
 
 def score_plot(scores: Mapping[str, Mapping[str, np.ndarray]]) -> str:
@@ -67,7 +68,7 @@ def score_plot(scores: Mapping[str, Mapping[str, np.ndarray]]) -> str:
         ncols=2,
         frameon=False,
     )
-    return _svg(figure)
+    return _svg("score", figure)
 
 
 def cost_plot(cost: Mapping[str, Any]) -> str:
@@ -86,17 +87,18 @@ def cost_plot(cost: Mapping[str, Any]) -> str:
     axes.set_xlabel("seconds")
     axes.invert_yaxis()
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return _svg(figure, axes)
+    return _svg("cost", figure, axes)
 
 
-def _svg(figure: Figure, axes: Axes | None = None) -> str:
+def _svg(name: str, figure: Figure, axes: Axes | None = None) -> str:
     if axes is not None:
         axes.spines[["top", "right"]].set_visible(False)
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = text.getvalue()
     # Fixed size in points makes way for the page's width; the page gives each plot its text alternative.
     svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)  # several plots stand in one page
     head, rest = svg.split(">", 1)
     head = " ".join(part for part in head.split() if not part.startswith(("width=", "height=")))
     return f'{head} aria-hidden="true">{rest}'
