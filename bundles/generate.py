@@ -24,6 +24,7 @@ RECIPE = {
     "train_epochs": 30,
     "train_lr": 0.05,
     "batch_size": 64,
+    "image_range": [-1, 1],
     "models_dir": "runs/models",
     "device": "$'cuda' if torch.cuda.is_available() else 'cpu'",
 }
@@ -67,6 +68,7 @@ COMPONENTS = {
         "augmentation": "@augmentation",
         "seed": "@train_seed",
         "device": "@device",
+        "value_range": "@image_range",
     },
     "train_loader": {
         "_target_": "monai_unlearn.data.make_loader",

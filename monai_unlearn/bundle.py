@@ -43,7 +43,7 @@ def bundle_path(name: str) -> Path:
     folder = inside if inside.is_dir() else inside.parent.parent / "bundles"
     names = sorted(file.stem for file in folder.glob("*.json") if file.stem != "metadata")
     if name not in names:
-        raise ValueError(f"There is no bundle {name!r}{_hint(name, names)}. There are: {', '.join(names)}.")
+        raise ValueError(f"There is no bundle {name!r}.{_hint(name, names)} There are: {', '.join(names)}.")
     return folder / f"{name}.json"
 
 
@@ -122,7 +122,7 @@ class Bundle:
         for key in self.config:
             if key in base or key in COMMON_KEYS or (key in in_files and f"@{key}" in text):
                 continue
-            raise ValueError(f"There is no setting {key!r}{_hint(key, base)}. Settings: {', '.join(self._settings())}.")
+            raise ValueError(f"There is no setting {key!r}.{_hint(key, base)} Settings: {', '.join(self._settings())}.")
         for path, component in _components(self.config):
             _check_arguments(path, component)
         for key in self._settings():
@@ -224,7 +224,7 @@ def _frames() -> Iterator[FrameType]:
 
 def _hint(key: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _is_expression(value: Any) -> bool:
@@ -263,7 +263,7 @@ def _check_arguments(path: str, component: dict) -> None:
     for key in component:
         if key not in parameters and not (key.startswith("_") and key.endswith("_")):
             raise ValueError(
-                f"{path} ({target}) has no argument {key!r}{_hint(key, parameters)}. "
+                f"{path} ({target}) has no argument {key!r}.{_hint(key, parameters)} "
                 f"Arguments: {', '.join(parameters)}."
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from monai_unlearn.bundle import Bundle, device_of, readable_errors
 from monai_unlearn.checkpoint import Checkpoint, file_hash, load_checkpoint, save_atomically
 from monai_unlearn.cost import Cost
-from monai_unlearn.data import ImageData, ImageDataset, Split, make_loader
+from monai_unlearn.data import ImageData, ImageDataset, LabeledImages, Split, make_loader
 from monai_unlearn.evaluation import SplitResult, evaluate
 from monai_unlearn.metrics import attack_auc, attack_auc_interval
 from monai_unlearn.output import check_output_dir, replaced_folder, write_json
@@ -43,6 +44,7 @@ class _Run:
     data: ImageData
     split: Split
     device: torch.device
+    image_range: Sequence[float]
 
     @classmethod
     def start(cls, bundle: Bundle) -> _Run:
@@ -53,6 +55,9 @@ class _Run:
         bundle.share(split=split)
         device = device_of(bundle.build("device"))
         bundle.share(device=device)
+        image_range = bundle.build("image_range")
+        first = ImageDataset(data.train, device=device, value_range=image_range)[0]["image"][None]
+        _check_network(bundle.build("network"), first, data.num_classes)
         patients = data.train.patients
         logger.info(
             "Data: %s, %d classes, %d training images%s",
@@ -61,17 +66,19 @@ class _Run:
             len(data.train),
             "" if patients is None else f" of {len(np.unique(patients))} patients",
         )
-        return cls(bundle, bundle.settings(), data, split, device)
+        return cls(bundle, bundle.settings(), data, split, device, image_range)
 
     def model_folder(self, seed: int, forget: bool) -> Path:
         parts = [self.data.digest(), self.split.digest() if forget else "all", str(seed)]
         return Path(self.settings["models_dir"]) / self.bundle.recipe_hash(*parts)
 
+    def dataset(self, part: LabeledImages) -> ImageDataset:
+        """Images for evaluation: scaled as in training, without augmentation."""
+        return ImageDataset(part, device=self.device, value_range=self.image_range)
+
     def loaders(self) -> dict[str, DataLoader]:
         """The splits of the report and the selection half, in order and without augmentation."""
-        train, validation, test = (
-            ImageDataset(part, device=self.device) for part in (self.data.train, self.data.validation, self.data.test)
-        )
+        train, validation, test = map(self.dataset, (self.data.train, self.data.validation, self.data.test))
         parts = {
             "forget": Subset(train, self.split.forget.tolist()),
             "retain": Subset(train, self.split.retain.tolist()),
@@ -96,7 +103,7 @@ def train(bundle: Bundle) -> None:
         evaluator, network = bundle.build("evaluator", "network")
         checkpoint.load_into(network)
         loaders = run.loaders()
-        everything = make_loader(ImageDataset(run.data.train, device=run.device), EVALUATION_BATCH)
+        everything = make_loader(run.dataset(run.data.train), EVALUATION_BATCH)
         results = evaluate(evaluator, network, {"training": everything, "selection": loaders["selection"]})
         for name, result in results.items():
             logger.info("  %-10s accuracy %5.1f %%  (n = %d)", name, 100 * (result.accuracy or 0), result.n)
@@ -139,6 +146,8 @@ def _unlearn_into(folder: Path, run: _Run) -> tuple[dict, dict]:
     (folder / "private").mkdir()
     loaders = {name: loader for name, loader in run.loaders().items() if name != "selection"}
 
+    # Whatever is wrong with a setting of the method should show now, not after the models have been trained.
+    bundle.build("trainer", "methods", private_dir=str(folder / "private"))
     original_path, checkpoint = _original(run)
     evaluator, network = bundle.build("evaluator", "network")
     checkpoint.load_into(network)
@@ -213,17 +222,34 @@ def _original(run: _Run) -> tuple[Path, Checkpoint]:
         path = Path(settings["original_checkpoint"])
         return path, load_checkpoint(path, settings["network_key"])
     folder = run.model_folder(settings["seed"], forget=False)
-    embedded = settings["dataset_file"] is None and settings["download"] is None
-    if not embedded and find_model(folder) is None:
+    if not run.data.embedded and find_model(folder) is None:
         raise ValueError(
             f"There is no original model of {run.data.name} to unlearn from. Name yours with "
             "--original_checkpoint FILE, or train one with the same data and seed: "
             "python -m monai.bundle run train --config_file bundles/train.json"
         )
-    if embedded and find_model(folder) is None:
+    if find_model(folder) is None:
         logger.info("No --original_checkpoint given: training an original model on the embedded data first.")
     path = train_model(run.bundle, folder, settings["seed"], None, "original").path
     return path, load_checkpoint(path)
+
+
+def _check_network(network: torch.nn.Module, image: torch.Tensor, num_classes: int) -> None:
+    """A network that does not fit the data should be refused in one sentence."""
+    network.eval()
+    try:
+        with torch.no_grad():
+            outputs = network(image)
+    except RuntimeError as error:
+        raise ValueError(
+            f"network_def does not take images of shape {tuple(image.shape[1:])} (channels first): {error}"
+        ) from error
+    if not isinstance(outputs, torch.Tensor) or outputs.shape != (1, num_classes):
+        shape = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise ValueError(
+            f"network_def should give one logit for each of the data's {num_classes} classes, shape "
+            f"(1, {num_classes}) for one image, but gives {shape}. Set its number of classes to that of the data."
+        )
 
 
 def _refuse_near_chance(original: dict[str, SplitResult], num_classes: int, path: Path) -> None:
@@ -233,7 +259,7 @@ def _refuse_near_chance(original: dict[str, SplitResult], num_classes: int, path
     if worst < chance + NEAR_CHANCE * (1 - chance):
         raise ValueError(
             f"The original model {path.name} has a balanced accuracy of {worst:.3f} on its own training data, near the "
-            f"chance of {chance:.3f}. Check that the images are scaled as in its training (here to [-1, 1]), that "
+            f"chance of {chance:.3f}. Check that the images are scaled as in its training (--image_range), that "
             "the labels have the same order, and that the checkpoint is the trained one."
         )
 

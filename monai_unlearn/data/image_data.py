@@ -77,13 +77,17 @@ class LabeledImages:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set: its training, validation and test images and the names of its classes."""
+    """A data set: its training, validation and test images and the names of its classes.
+
+    ``embedded`` is true of the package's own synthetic set alone, for which a run may train an original by itself.
+    """
 
     name: str
     class_names: tuple[str, ...]
     train: LabeledImages
     validation: LabeledImages
     test: LabeledImages
+    embedded: bool = False
 
     def __post_init__(self) -> None:
         for name in ("train", "validation", "test"):
@@ -122,7 +126,7 @@ class ImageData:
 
 
 class ImageDataset(Dataset):
-    """In-memory images as MONAI batches: ``{"image": B × C × H × W in [-1, 1], "label": B, "index": B}``.
+    """In-memory images as MONAI batches: ``{"image": B × C × H × W, "label": B, "index": B}``.
 
     A whole batch is taken from one tensor and augmented at once, which costs a few microseconds an image where
     the per-image transforms of a ``CacheDataset`` cost about a hundred; see docs/benchmarks.md.
@@ -132,6 +136,10 @@ class ImageDataset(Dataset):
         augmentation: functions of (batch, generator) that return the changed batch; applied in order.
         seed: seed of the augmentation.
         device: where to keep the images.
+        value_range: what black and white become, low < high: (-1, 1) as MedMNIST's own models have it, or (0, 1).
+
+    Raises:
+        ValueError: if the range is none.
     """
 
     def __init__(
@@ -140,7 +148,11 @@ class ImageDataset(Dataset):
         augmentation: Sequence[Augmentation] = (),
         seed: int = 0,
         device: str | torch.device = "cpu",
+        value_range: Sequence[float] = (-1.0, 1.0),
     ) -> None:
+        if len(value_range) != 2 or not value_range[0] < value_range[1]:
+            raise ValueError(f"value_range should be two numbers, the lower first, but got {value_range!r}.")
+        self._low, self._high = map(float, value_range)
         images = torch.from_numpy(source.images)
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
         self._images = images.contiguous().to(device)
@@ -170,7 +182,8 @@ class ImageDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         rows = torch.as_tensor(indices, device=self._images.device)
         images = self._images[rows]
-        images = images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images.float().mul_(2).sub_(1)
+        white = 255 if images.dtype == torch.uint8 else 1
+        images = images.float().mul_((self._high - self._low) / white).add_(self._low)
         for augment in self.augmentation:
             images = augment(images, self._generator)
         return {"image": images, "label": self._labels[rows], "index": self._index[rows]}

@@ -67,7 +67,7 @@ def read_medmnist(file: str | os.PathLike) -> ImageData:
         names = tuple(str(i) for i in range(1 + largest))
     if len(names) < 2:
         raise ValueError(f"{path.name} should have at least two classes, but has {len(names)}.")
-    return ImageData(name=path.stem, class_names=names, **parts)
+    return ImageData(path.stem, names, parts["train"], parts["validation"], parts["test"])
 
 
 def _labeled_images(file: str, split: str, arrays: dict) -> LabeledImages:

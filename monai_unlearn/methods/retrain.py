@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -140,6 +141,6 @@ class Retrain:
                     "Make the optimizer and its schedule anew for retraining."
                 )
             for group in scheduler.optimizer.param_groups:
-                group["lr"] = group["initial_lr"]
+                group["lr"] = copy.deepcopy(group["initial_lr"])  # may be a tensor, which schedules change in place
             scheduler.last_epoch = -1
-            scheduler.step()
+            scheduler._initial_step()  # as in the constructor: a plain step would decay the rate once too often

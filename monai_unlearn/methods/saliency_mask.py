@@ -304,8 +304,9 @@ class _MaskedStep:
         """Whether zero gradients and moments leave a weight bit-identical in this optimizer, without its decay."""
         known = type(self.optimizer) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
         # Fused steps may unscale gradients themselves: what is added to these here would be unscaled too.
-        # Maximizing turns a gradient of 0.0 into -0.0, which turns a weight of -0.0 into 0.0.
-        return known and not any(group.get(option) for option in ("fused", "capturable", "differentiable", "maximize"))
+        # Maximizing turns a gradient of 0.0 into -0.0, which turns a weight of -0.0 into 0.0; without eps, 0 / 0.
+        options = ("fused", "capturable", "differentiable", "maximize")
+        return known and not any(group.get(option) for option in options) and group.get("eps") != 0
 
     @torch.no_grad()
     def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
