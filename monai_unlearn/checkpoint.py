@@ -92,6 +92,8 @@ def load_checkpoint(path: str | os.PathLike, key: str | None = None) -> Checkpoi
                 "state_dict alone (torch.save(network.state_dict(), FILE)) where you trust the file."
             ) from None
         raise ValueError(f"{file.name} could not be read as a checkpoint. It is damaged: get it again.") from error
+    except PermissionError:
+        raise
     except Exception as error:  # damage shows as whatever the unpickler trips over: TypeError, struct.error, …
         raise ValueError(f"{file.name} could not be read as a checkpoint. It is damaged: get it again.") from error
 

@@ -23,7 +23,7 @@ def check_output_dir(output_dir: str | os.PathLike) -> Path:
         FileExistsError: if it is there and is no earlier run.
         PermissionError: if it can't be written.
     """
-    path = Path(output_dir)
+    path = Path(os.path.abspath(output_dir))
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"output_dir should be a folder, but {str(output_dir)!r} is a file. Choose another.")
     if path.is_dir() and any(path.iterdir()) and not _is_run(path):

@@ -117,7 +117,8 @@ def unlearn(bundle: Bundle) -> None:
         bundle: the running bundle.
     """
     with readable_errors():
-        output = check_output_dir(bundle.settings()["output_dir"])
+        output = Path(bundle.settings()["output_dir"])
+        check_output_dir(output)
         run = _Run.start(bundle)
         logger.info(
             "To forget: %d training images (%.1f %%), drawn by %s; to retain: %d",

@@ -63,8 +63,8 @@ def _findings(report: Mapping[str, Any]) -> list[str]:
         )
         if auc < low:
             told += (
-                " The forgotten images score worse than images that no model ever saw: that gives them away as much as "
-                "scoring better would."
+                " The forgotten images score worse than they would had the model never seen them: that gives them away "
+                "as much as scoring better would."
             )
         elif auc > high:
             told += " Part of what was learned from these images can still be seen."
@@ -88,8 +88,9 @@ def _findings(report: Mapping[str, Any]) -> list[str]:
             "points away from the retrained model on average."
         )
     if retrained is None:
+        told = "" if auc is None else f"The attack's AUC is {interval(unlearned['attack'])}. "
         sentences.append(
-            "No model was retrained for comparison (reference false), so there is no yardstick: an attack near 50 % "
-            "and a low forget accuracy alone prove nothing."
+            told + "No model was retrained for comparison (reference false), so there is no yardstick: an attack near "
+            "0.5 and a low forget accuracy alone prove nothing."
         )
     return sentences

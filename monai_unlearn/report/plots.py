@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -26,7 +27,7 @@ def accuracy_plot(models: Mapping[str, Any]) -> str:
     axes = figure.subplots()
     width = 0.8 / len(models)
     for i, (name, model) in enumerate(models.items()):
-        heights = [100 * (model[split]["accuracy"] or 0) for split in SPLITS]
+        heights = [float("nan") if (a := model[split]["accuracy"]) is None else 100 * a for split in SPLITS]
         places = np.arange(len(SPLITS)) + (i - (len(models) - 1) / 2) * width
         bars = axes.bar(places, heights, width * 0.92, color=COLORS[name], label=f"{name} model")
         axes.bar_label(bars, fmt="%.0f", fontsize=9)
@@ -94,7 +95,8 @@ def _svg(name: str, figure: Figure, axes: Axes | None = None) -> str:
     if axes is not None:
         axes.spines[["top", "right"]].set_visible(False)
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    with rc_context({"svg.hashsalt": name}):  # the same ids each time
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = text.getvalue()
     # Fixed size in points makes way for the page's width; the page gives each plot its text alternative.
     svg = svg[svg.index("<svg") :]

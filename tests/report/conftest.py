@@ -1,0 +1,80 @@
+"""Figures of a run, as the workflow puts them together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from monai_unlearn.cost import Cost
+from monai_unlearn.report import build_report
+
+SPLITS = ("forget", "retain", "validation", "test")
+
+
+def _model(forget: float, retain: float, validation: float, test: float, auc: float) -> dict[str, dict]:
+    figures = dict(zip(SPLITS, (forget, retain, validation, test)))
+    sizes = dict(zip(SPLITS, (31, 269, 52, 83)))
+    model: dict[str, dict] = {
+        name: {"accuracy": value, "auroc": 0.5 + value / 2, "loss": 1 - value, "n": sizes[name]}
+        for name, value in figures.items()
+    }
+    return model | {"attack": {"auc": auc, "low": auc - 0.06, "high": auc + 0.06}}
+
+
+@pytest.fixture
+def figures() -> dict[str, dict]:
+    """Original, unlearned and retrained model."""
+    return {
+        "original": _model(0.99, 0.98, 0.72, 0.71, 0.83),
+        "unlearned": _model(0.74, 0.97, 0.70, 0.65, 0.52),
+        "retrained": _model(0.70, 0.99, 0.73, 0.72, 0.50),
+    }
+
+
+@pytest.fixture
+def make_report(figures: dict[str, dict]) -> Callable[..., dict[str, Any]]:
+    """The report of these figures; ``reference=False`` without the retrained model."""
+
+    def make(reference: bool = True, **changes: Any) -> dict[str, Any]:
+        cost = {"mask": Cost(1.25, 31, 31, 31), "tuning": Cost(), "unlearn": Cost(10.5, 3000, 3031, 3000)}
+        models = dict(figures)
+        if reference:
+            cost["retrain"] = Cost(61.4, 26900, 26900, 26900)
+        else:
+            del models["retrained"]
+        arguments = {
+            "method": "random_labeling",
+            "settings": {"lr": 0.013, "epochs": 10, "forget_indices": None, "reference": reference},
+            "models": models,
+            "cost": cost,
+            "provenance": {
+                "original_checkpoint": "runs/models/x/model.pt",
+                "data": {"name": "synthetic cells", "sha256": "ab" * 32},
+                "versions": {"python": "3.11", "torch": "2.13"},
+                "machine": {"device": "a processor", "cores": 2},
+                "retrained_on": {"device": "another processor"} if reference else None,
+                "seeds": {"split": 0},
+                "hashes": {"original": "cd" * 32, "retrained": "ef" * 32 if reference else None},
+            },
+        }
+        return build_report(**{**arguments, **changes})
+
+    return make
+
+
+@pytest.fixture
+def make_scores() -> Callable[..., dict[str, dict[str, np.ndarray]]]:
+    """Scores of the images of each model of a report."""
+
+    def make(report: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+        random = np.random.default_rng(0)
+        return {
+            name: {part: random.normal(2, 3, model[part]["n"]) for part in ("forget", "validation")}
+            for name, model in report["models"].items()
+            if model is not None
+        }
+
+    return make

@@ -1,0 +1,142 @@
+"""The report for programs and for the terminal."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from monai_unlearn.cost import Cost
+from monai_unlearn.report import SCHEMA_VERSION, build_report, gap_figures, terminal_table
+
+MakeReport = Callable[..., dict[str, Any]]
+SPLITS = ("forget", "retain", "validation", "test")
+
+
+def _exactly(**properties: dict) -> dict:
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def _or_null(schema: dict) -> dict:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+SHARE = _or_null({"type": "number", "minimum": 0, "maximum": 1})
+COUNT = {"type": "integer", "minimum": 0}
+FIGURES = _exactly(accuracy=SHARE, auroc=SHARE, loss=_or_null({"type": "number"}), n={"type": "integer", "minimum": 1})
+MODEL = _exactly(**dict.fromkeys(SPLITS, FIGURES), attack=_exactly(auc=SHARE, low=SHARE, high=SHARE))
+COST = _exactly(seconds={"type": "number", "minimum": 0}, samples=COUNT, forward=COUNT, backward=COUNT)
+# What programs rely on. A change here is a new schema_version.
+SCHEMA = _exactly(
+    schema_version={"const": "1.0"},
+    method={"type": "string"},
+    settings={"type": "object"},
+    models=_exactly(original=MODEL, unlearned=MODEL, retrained=_or_null(MODEL)),
+    gap_to_retrained=_or_null({"type": "number", "minimum": 0, "maximum": 100}),
+    cost=_exactly(mask=COST, tuning=COST, unlearn=COST, retrain=_or_null(COST)),
+    provenance={"type": "object", "required": ["original_checkpoint"]},
+)
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_the_report_has_exactly_the_promised_nesting(make_report: MakeReport, reference: bool) -> None:
+    report = make_report(reference)
+    jsonschema.validate(report, SCHEMA)
+    assert report["schema_version"] == SCHEMA_VERSION
+    assert (report["models"]["retrained"] is None) is not reference
+    assert (report["cost"]["retrain"] is None) is not reference
+    assert (report["gap_to_retrained"] is None) is not reference
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_the_figures_arrive_unchanged(make_report: MakeReport, figures: dict[str, dict]) -> None:
+    report = make_report()
+    assert report["models"] == figures
+    assert report["cost"]["mask"] == {"seconds": 1.25, "samples": 31, "forward": 31, "backward": 31}
+    assert report["cost"]["tuning"] == {"seconds": 0, "samples": 0, "forward": 0, "backward": 0}
+    assert report["method"] == "random_labeling"
+    assert report["settings"]["lr"] == 0.013
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan"), None])
+@pytest.mark.parametrize(("part", "name"), [("test", "auroc"), ("forget", "accuracy"), ("attack", "low")])
+def test_what_is_undefined_is_null(
+    make_report: MakeReport, figures: dict[str, dict], value: float | None, part: str, name: str
+) -> None:
+    figures["unlearned"][part][name] = value
+    report = make_report()
+    assert report["models"]["unlearned"][part][name] is None
+    jsonschema.validate(report, SCHEMA)
+    json.dumps(report, allow_nan=False)
+    assert (report["gap_to_retrained"] is None) == (name == "accuracy")
+
+
+def test_the_gap_is_over_three_accuracies_and_the_attack(make_report: MakeReport, figures: dict[str, dict]) -> None:
+    # |.74 - .70|, |.97 - .99|, |.65 - .72|, |.52 - .50|; the validation set does not count.
+    assert make_report()["gap_to_retrained"] == pytest.approx((4 + 2 + 7 + 2) / 4)
+    assert gap_figures(figures["unlearned"]) == [0.74, 0.97, 0.65, 0.52]
+    figures["unlearned"]["validation"]["accuracy"] = 0.1
+    assert make_report()["gap_to_retrained"] == pytest.approx(3.75)
+    figures["unlearned"] = copy.deepcopy(figures["retrained"])
+    assert make_report()["gap_to_retrained"] == 0
+
+
+def test_the_input_is_not_changed(make_report: MakeReport, figures: dict[str, dict]) -> None:
+    figures["original"]["test"]["auroc"] = float("inf")
+    before = copy.deepcopy(figures)
+    report = make_report()
+    report["models"]["unlearned"]["test"]["n"] = 0
+    report["settings"]["lr"] = 1
+    assert figures == before
+
+
+def test_the_order_of_the_models_is_fixed(figures: dict[str, dict]) -> None:
+    models = {name: figures[name] for name in ("retrained", "unlearned", "original")}
+    report = build_report("x", {}, models, {"unlearn": Cost()}, {})
+    assert list(report["models"]) == ["original", "unlearned", "retrained"]
+    assert list(report["cost"]) == ["mask", "tuning", "unlearn", "retrain"]
+
+
+def test_the_terminal_table_shows_each_model_its_attack_and_the_cost(make_report: MakeReport) -> None:
+    lines = terminal_table(make_report()).splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
+    assert lines[0].split()[3:7] == list(SPLITS)
+    assert rows["original"][:4] == ["99.0", "98.0", "72.0", "71.0"]
+    assert rows["unlearned"] == ["74.0", "97.0", "70.0", "65.0", "0.52", "(0.46", "to", "0.58)"]
+    assert rows["retrained"][:4] == ["70.0", "99.0", "73.0", "72.0"]
+    assert rows["images"] == ["31", "269", "52", "83"]
+    text = "\n".join(lines)
+    assert "Mean gap to the retrained model: 3.8 points" in text
+    assert "Cost: 11.8 s and 3,031 samples (the mask 1.2 s of it)" in text
+    assert "retraining took 61.4 s and 26,900 samples" in text
+    assert max(map(len, lines)) < 120
+
+
+def test_the_terminal_table_without_a_retrained_model_speaks_of_none(make_report: MakeReport) -> None:
+    text = terminal_table(make_report(reference=False))
+    assert "retrain" not in text
+    assert "gap" not in text
+
+
+def test_the_terminal_table_shows_a_dash_for_what_is_undefined(
+    make_report: MakeReport, figures: dict[str, dict]
+) -> None:
+    figures["unlearned"]["test"]["accuracy"] = None
+    figures["unlearned"]["attack"] = {"auc": 0.4, "low": float("nan"), "high": float("nan")}
+    figures["original"]["attack"] = {"auc": None, "low": None, "high": None}
+    rows = {line.split()[0]: line for line in terminal_table(make_report()).splitlines() if line.strip()}
+    assert rows["unlearned"].split()[4] == "–"
+    assert "0.40 (too few for an interval)" in rows["unlearned"]
+    assert rows["original"].endswith("–")
+
+
+def test_without_a_mask_none_is_mentioned(make_report: MakeReport) -> None:
+    cost = {"mask": Cost(), "tuning": Cost(2, 7, 7, 7), "unlearn": Cost(3, 10, 10, 10)}
+    text = terminal_table(make_report(reference=False, cost=cost))
+    assert "Cost: 5.0 s and 17 samples" in text
+    assert "mask" not in text
