@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from monai_unlearn import ForgetSet
 from monai_unlearn.cost import synchronize
-from monai_unlearn.data import ImageDataset, RandomFlip, make_loader, make_split, synthetic_cells
+from monai_unlearn.data import BatchedImages, RandomFlip, make_loader, make_split, synthetic_cells
 from monai_unlearn.methods import BatchNormPolicy, RandomLabeling, SaliencyMask
 from monai_unlearn.methods.saliency_mask import summed_gradient, top_fraction
 from monai_unlearn.provenance import machine
@@ -134,7 +134,7 @@ def mask_against_pass(device: torch.device, planes: list[int], n: int, pairs: in
     """Building the mask against one forward and backward pass over the same samples."""
     data = synthetic_cells()
     split = make_split(data)
-    dataset = ImageDataset(data.train, device=device)
+    dataset = BatchedImages(data.train, device=device)
     loader = make_loader(dataset, 64)
     network = resnet18(planes, device)
     forget = split.forget_set()
@@ -199,7 +199,7 @@ def unlearning_phase(device: torch.device, pairs: int) -> None:
 
     def unlearn() -> None:
         network = resnet18(NARROW, device)
-        loader = make_loader(ImageDataset(data.train, [RandomFlip(1)], device=device), 64, shuffle=True)
+        loader = make_loader(BatchedImages(data.train, [RandomFlip(1)], device=device), 64, shuffle=True)
         SupervisedTrainer(
             device,
             epochs,
@@ -215,7 +215,7 @@ def unlearning_phase(device: torch.device, pairs: int) -> None:
             ],
         ).run()
 
-    dataset = ImageDataset(data.train, device=device)
+    dataset = BatchedImages(data.train, device=device)
     batches = [
         dataset.__getitems__(range(start, min(start + 64, len(dataset)))) for start in range(0, len(dataset), 64)
     ]
@@ -245,7 +245,7 @@ def unlearning_phase(device: torch.device, pairs: int) -> None:
 def loading(pairs: int) -> None:
     """One epoch of augmented batches: this package's in-memory data set against MONAI's CacheDataset."""
     data = synthetic_cells().train
-    own = make_loader(ImageDataset(data, [RandomFlip(1)]), 64, shuffle=True)
+    own = make_loader(BatchedImages(data, [RandomFlip(1)]), 64, shuffle=True)
     records = [{"image": image[None], "label": int(label)} for image, label in zip(data.images, data.labels)]
     steps = Compose(
         [

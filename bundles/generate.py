@@ -63,7 +63,7 @@ COMPONENTS = {
     "inferer": {"_target_": "monai.inferers.SimpleInferer"},
     "train_seed": "@seed",
     "train_dataset": {
-        "_target_": "monai_unlearn.data.ImageDataset",
+        "_target_": "monai_unlearn.data.BatchedImages",
         "source": "$@data.train",
         "augmentation": "@augmentation",
         "seed": "@train_seed",

@@ -153,6 +153,24 @@ class ForgetSet:
                 )
         return found
 
+    def check(self, loader: Iterable) -> None:
+        """Hold a request against the training data, for a method that otherwise meets its samples batch by batch.
+
+        Does nothing where the data has no records with the key: an id may be put into the batch by a transform.
+
+        Raises:
+            ValueError: as ``positions``.
+        """
+        dataset = getattr(loader, "dataset", None)
+        records = None if dataset is None or self._ids is None else _records(dataset)
+        if (
+            dataset is not None
+            and records is not None
+            and len(records) == len(dataset)
+            and all(isinstance(record, Mapping) and self.key in record for record in records)
+        ):
+            self.positions(dataset)
+
     def forget_loader(self, loader: Iterable) -> DataLoader:
         """The forget samples of a loader's data, in order and without random transforms.
 
@@ -267,6 +285,13 @@ def _without_random(dataset: Any) -> Dataset:
             f"Random transforms can't be told from the others in a {type(dataset).__name__}. "
             "Give the method a loader of its own, without augmentation."
         )
+    for method in ("__getitem__", "_transform"):
+        owner = next(kind for kind in type(dataset).__mro__ if method in vars(kind))
+        if not owner.__module__.startswith(("monai.", "torch.")):
+            raise ValueError(
+                f"A {type(dataset).__name__} makes its samples in a way of its own, which can't be told from its "
+                "transforms. Give the method a loader of its own, without augmentation."
+            )
     return MonaiDataset(dataset.data, transform=Compose(_deterministic(dataset.transform)))
 
 

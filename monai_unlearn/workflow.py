@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from monai_unlearn.bundle import Bundle, device_of, readable_errors
 from monai_unlearn.checkpoint import Checkpoint, file_hash, load_checkpoint, save_atomically
 from monai_unlearn.cost import Cost
-from monai_unlearn.data import ImageData, ImageDataset, LabeledImages, Split, make_loader
+from monai_unlearn.data import BatchedImages, ImageData, LabeledImages, Split, make_loader
 from monai_unlearn.evaluation import SplitResult, evaluate
 from monai_unlearn.metrics import attack_auc, attack_auc_interval
 from monai_unlearn.output import check_output_dir, replaced_folder, write_json
@@ -56,7 +56,7 @@ class _Run:
         device = device_of(bundle.build("device"))
         bundle.share(device=device)
         image_range = bundle.build("image_range")
-        first = ImageDataset(data.train, device=device, value_range=image_range)[0]["image"][None]
+        first = BatchedImages(data.train, device=device, value_range=image_range)[0]["image"][None]
         _check_network(bundle.build("network"), first, data.num_classes)
         patients = data.train.patients
         logger.info(
@@ -72,9 +72,9 @@ class _Run:
         parts = [self.data.digest(), self.split.digest() if forget else "all", str(seed)]
         return Path(self.settings["models_dir"]) / self.bundle.recipe_hash(*parts)
 
-    def dataset(self, part: LabeledImages) -> ImageDataset:
+    def dataset(self, part: LabeledImages) -> BatchedImages:
         """Images for evaluation: scaled as in training, without augmentation."""
-        return ImageDataset(part, device=self.device, value_range=self.image_range)
+        return BatchedImages(part, device=self.device, value_range=self.image_range)
 
     def loaders(self) -> dict[str, DataLoader]:
         """The splits of the report and the selection half, in order and without augmentation."""

@@ -442,3 +442,25 @@ def test_no_id_is_shown(records, files) -> None:
         with pytest.raises((ValueError, KeyError, TypeError)) as error:
             call()
         assert not re.search("Jane|scan|patient1", str(error.value))
+
+
+def test_check_finds_what_is_missing_from_the_records(records: list[dict]) -> None:
+    loader = DataLoader(Dataset(records), batch_size=4)
+    ForgetSet(["P1"], key="patient").check(loader)
+    with pytest.raises(ValueError, match="1 of the 2 ids to forget are not in the training data"):
+        ForgetSet(["P1", "P99"], key="patient").check(loader)
+
+
+def test_check_leaves_data_alone_whose_records_do_not_hold_the_key(records: list[dict]) -> None:
+    ForgetSet(["P99"], key="made_by_a_transform").check(DataLoader(Dataset(records), batch_size=4))
+    ForgetSet(["P99"], key="patient").check([{"patient": ["P1"]}])
+
+
+def test_a_data_set_with_a_getitem_of_its_own_is_not_taken_for_its_transforms(records: list[dict]) -> None:
+    class Doubled(Dataset):
+        def __getitem__(self, index: int) -> dict:
+            record = super().__getitem__(index)
+            return {**record, "image": 2 * record["image"]}
+
+    with pytest.raises(ValueError, match="A Doubled makes its samples in a way of its own"):
+        ForgetSet(["P1"], key="patient").forget_loader(DataLoader(Doubled(records), batch_size=4))

@@ -16,9 +16,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_drop_in_example_runs_on_a_users_data_set_and_loader() -> None:
     block = re.search(r"<!-- tests/test_readme.py runs this block -->\n```python\n(.*?)```", README.read_text(), re.S)
     assert block is not None
-    records = [
-        {"image": torch.rand(1, 12, 12), "label": i % 3, "patient_id": f"patient {i // 3}"} for i in range(45)
-    ]
+    records = [{"image": torch.rand(1, 12, 12), "label": i % 3, "patient_id": f"patient {i // 3}"} for i in range(45)]
     transform = Compose([ScaleIntensityd("image"), RandFlipd("image", prob=0.5)])
     network = ResNet("basic", [1, 1, 1, 1], [4, 4, 8, 8], spatial_dims=2, n_input_channels=1, num_classes=3)
     before = {name: value.clone() for name, value in network.named_parameters()}

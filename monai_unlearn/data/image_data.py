@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["ImageData", "ImageDataset", "LabeledImages", "make_loader"]
+__all__ = ["BatchedImages", "ImageData", "LabeledImages", "make_loader"]
 
 Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
@@ -125,7 +125,7 @@ class ImageData:
         return sha.hexdigest()
 
 
-class ImageDataset(Dataset):
+class BatchedImages(Dataset):
     """In-memory images as MONAI batches: ``{"image": B × C × H × W, "label": B, "index": B}``.
 
     A whole batch is taken from one tensor and augmented at once, which costs a few microseconds an image where
@@ -170,7 +170,7 @@ class ImageDataset(Dataset):
         """A record for each image, as in MONAI's data sets, without its pixels."""
         return [{"index": i} for i in range(len(self))]
 
-    def without_random(self) -> ImageDataset:
+    def without_random(self) -> BatchedImages:
         """The same images, shared, without augmentation."""
         plain = object.__new__(type(self))
         plain.__dict__.update(self.__dict__, augmentation=())
@@ -194,13 +194,13 @@ def _already_batched(batch: Any) -> Any:
 
 
 def make_loader(dataset: Dataset, batch_size: int, shuffle: bool = False, seed: int = 0) -> DataLoader:
-    """Loader over an ``ImageDataset``, or a ``Subset`` of one.
+    """Loader over an ``BatchedImages``, or a ``Subset`` of one.
 
     When shuffled training would end an epoch on a batch of one image, on which BatchNorm is undefined, that
     image (another one each epoch) is left out.
 
     Args:
-        dataset: an ``ImageDataset`` or a ``Subset`` of one.
+        dataset: an ``BatchedImages`` or a ``Subset`` of one.
         batch_size: images a batch, at least 1.
         shuffle: draw a new order each epoch.
         seed: seed of the order.

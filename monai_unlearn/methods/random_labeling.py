@@ -58,7 +58,7 @@ class RandomLabeling:
 
     Raises:
         TypeError: if attached to an engine that is no plain ``SupervisedTrainer``.
-        ValueError: if labels are not class indices.
+        ValueError: if labels are not class indices, or a part of the request is not in the training data.
         RuntimeError: if a run ends without having met a forget sample.
 
     References:
@@ -93,6 +93,7 @@ class RandomLabeling:
     def _start(self, engine: SupervisedTrainer) -> None:
         require_supervised_trainer(engine, self)
         require_loaded_weights(engine, self)
+        self.forget.check(engine.data_loader)
         self._generator.manual_seed(self.seed)
         self._classes = self.num_classes
         self._relabeled = 0

@@ -25,6 +25,7 @@ from monai_unlearn.methods._trainer import (
     predict,
     require_loaded_weights,
     require_supervised_trainer,
+    unwrapped_handlers,
 )
 
 __all__ = ["SaliencyMask", "summed_gradient", "summed_loss", "top_fraction"]
@@ -155,7 +156,8 @@ class SaliencyMask:
     Raises:
         ValueError: if ``ratio`` is outside [0, 1], or forget samples can't be found.
         TypeError: if attached to an engine that is no plain ``SupervisedTrainer``.
-        RuntimeError: if it stands before a ``CheckpointLoader``, the gradient is not finite, or nothing can change.
+        RuntimeError: if it stands before a ``CheckpointLoader`` or beside another mask, the gradient is not finite, or
+            nothing can change.
 
     References:
         Fan et al., SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency, ICLR 2024,
@@ -197,6 +199,8 @@ class SaliencyMask:
     def attach(self, engine: Engine) -> None:
         """Register on a trainer's events."""
         require_supervised_trainer(engine, self)
+        if any(isinstance(handler, SaliencyMask) for handler in unwrapped_handlers(engine, Events.STARTED)):
+            raise RuntimeError("A trainer should have one SaliencyMask, but has one already. Remove one of them.")
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._check_optimizer)
         engine.add_event_handler(Events.COMPLETED, self._complete)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from monai_unlearn.data import ImageData, ImageDataset, LabeledImages, RandomFlip, RandomShift, make_loader
+from monai_unlearn.data import BatchedImages, ImageData, LabeledImages, RandomFlip, RandomShift, make_loader
 
 KINDS = {
     "grey bytes": ((), np.uint8),
@@ -40,7 +40,7 @@ def _oracle(source: LabeledImages, row: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_hold_what_one_image_at_a_time_would_give(kind: str) -> None:
     source = _images(kind=kind)
-    dataset = ImageDataset(source)
+    dataset = BatchedImages(source)
     rows = [4, 0, 22, 4]
     batch = dataset.__getitems__(rows)
     assert batch["image"].dtype == torch.float32
@@ -56,14 +56,14 @@ def test_batches_hold_what_one_image_at_a_time_would_give(kind: str) -> None:
 
 def test_black_and_white_are_minus_one_and_one() -> None:
     source = LabeledImages(np.array([[[0, 255]]], np.uint8), np.array([0]))
-    assert ImageDataset(source)[0]["image"].tolist() == [[[-1.0, 1.0]]]
+    assert BatchedImages(source)[0]["image"].tolist() == [[[-1.0, 1.0]]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_source_is_never_changed(kind: str) -> None:
     source = _images(kind=kind)
     before = source.images.copy()
-    dataset = ImageDataset(source, [RandomFlip(), RandomShift()])
+    dataset = BatchedImages(source, [RandomFlip(), RandomShift()])
     for batch in make_loader(dataset, 7, shuffle=True):
         batch["image"].zero_()
         batch["label"].zero_()
@@ -77,16 +77,16 @@ def test_augmentations_are_applied_in_order_with_the_data_sets_own_generator() -
     source, steps = _images(), [RandomFlip(), RandomShift(2)]
     generator = torch.Generator().manual_seed(11)
     rows = list(range(23))
-    plain = ImageDataset(source).__getitems__(rows)["image"]
+    plain = BatchedImages(source).__getitems__(rows)["image"]
     expected = steps[1](steps[0](plain, generator), generator)
     state = torch.get_rng_state()
-    assert torch.equal(ImageDataset(source, steps, seed=11).__getitems__(rows)["image"], expected)
+    assert torch.equal(BatchedImages(source, steps, seed=11).__getitems__(rows)["image"], expected)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_seed_decides_the_augmentation_and_each_epoch_has_another() -> None:
     def epochs(seed: int) -> list[torch.Tensor]:
-        loader = make_loader(ImageDataset(_images(), [RandomShift(2)], seed=seed), 8)
+        loader = make_loader(BatchedImages(_images(), [RandomShift(2)], seed=seed), 8)
         return [torch.cat([batch["image"] for batch in loader]) for _ in range(2)]
 
     one, two, other = epochs(3), epochs(3), epochs(4)
@@ -98,7 +98,7 @@ def test_the_seed_decides_the_augmentation_and_each_epoch_has_another() -> None:
 
 def test_without_random_shares_the_images_and_leaves_the_original_as_it_is() -> None:
     source = _images()
-    dataset, untouched = (ImageDataset(source, [RandomShift(2)], seed=5) for _ in range(2))
+    dataset, untouched = (BatchedImages(source, [RandomShift(2)], seed=5) for _ in range(2))
     plain = dataset.without_random()
     assert plain._images.data_ptr() == dataset._images.data_ptr()
     np.testing.assert_allclose(plain[3]["image"], _oracle(source, 3), atol=1e-6)
@@ -112,7 +112,7 @@ def test_without_random_shares_the_images_and_leaves_the_original_as_it_is() -> 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(23, 8), (17, 8), (16, 8), (9, 4), (2, 8), (1, 8), (5, 1)])
 def test_shuffled_training_never_sees_a_batch_of_one_image_but_leaves_out_no_other(n: int, batch_size: int) -> None:
-    loader = make_loader(ImageDataset(_images(n)), batch_size, shuffle=True)
+    loader = make_loader(BatchedImages(_images(n)), batch_size, shuffle=True)
     left_out: Counter = Counter()
     for _ in range(12):
         batches = [batch["index"].tolist() for batch in loader]
@@ -128,7 +128,7 @@ def test_shuffled_training_never_sees_a_batch_of_one_image_but_leaves_out_no_oth
 
 @pytest.mark.parametrize("n", [17, 1])
 def test_in_order_every_image_comes_once(n: int) -> None:
-    indices = torch.cat([batch["index"] for batch in make_loader(ImageDataset(_images(n)), 8)])
+    indices = torch.cat([batch["index"] for batch in make_loader(BatchedImages(_images(n)), 8)])
     assert indices.tolist() == list(range(n))
 
 
@@ -136,7 +136,7 @@ def test_the_seed_decides_the_order_and_each_epoch_has_another() -> None:
     def order(loader: DataLoader) -> list[int]:
         return torch.cat([batch["index"] for batch in loader]).tolist()
 
-    dataset = ImageDataset(_images())
+    dataset = BatchedImages(_images())
     one, two, other = (make_loader(dataset, 6, shuffle=True, seed=seed) for seed in (1, 1, 2))
     first = order(one)
     torch.manual_seed(99)
@@ -147,7 +147,7 @@ def test_the_seed_decides_the_order_and_each_epoch_has_another() -> None:
 
 def test_a_subset_loads_the_rows_it_names() -> None:
     source, rows = _images(), [20, 3, 3, 7, 11]
-    batches = list(make_loader(Subset(ImageDataset(source), rows), 2))
+    batches = list(make_loader(Subset(BatchedImages(source), rows), 2))
     assert torch.cat([batch["index"] for batch in batches]).tolist() == rows
     expected = np.stack([_oracle(source, row) for row in rows])
     np.testing.assert_allclose(torch.cat([batch["image"] for batch in batches]), expected, atol=1e-6)
@@ -156,12 +156,12 @@ def test_a_subset_loads_the_rows_it_names() -> None:
 @pytest.mark.parametrize("batch_size", [0, -1, 2.0, None, "4"])
 def test_a_batch_of_no_size_is_refused(batch_size: object) -> None:
     with pytest.raises(ValueError, match="batch_size should be an integer of at least 1"):
-        make_loader(ImageDataset(_images()), batch_size)  # type: ignore[arg-type]
+        make_loader(BatchedImages(_images()), batch_size)  # type: ignore[arg-type]
 
 
 def test_a_loader_over_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="should hold at least one image, but got none"):
-        make_loader(Subset(ImageDataset(_images()), []), 4)
+        make_loader(Subset(BatchedImages(_images()), []), 4)
 
 
 GREY = np.zeros((3, 4, 4), np.uint8)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monai_unlearn.data import ImageData, ImageDataset, Split, make_split
+from monai_unlearn.data import BatchedImages, ImageData, Split, make_split
 
 PROPERTIES = settings(deadline=None, derandomize=True, max_examples=60)
 MakeData = Callable[..., ImageData]
@@ -272,9 +272,9 @@ def test_a_request_that_does_not_exist_is_named(make_data: MakeData, tmp_path: P
 def test_the_forget_set_recognises_its_rows_in_a_batch(cells: ImageData) -> None:
     split = make_split(cells, 3)
     rows = np.random.RandomState(0).permutation(len(cells.train))
-    batch = ImageDataset(cells.train).__getitems__(rows.tolist())
+    batch = BatchedImages(cells.train).__getitems__(rows.tolist())
     np.testing.assert_array_equal(split.forget_set().mask(batch).numpy(), np.isin(rows, split.forget))
-    assert split.forget_set().positions(ImageDataset(cells.train)) == split.forget.tolist()
+    assert split.forget_set().positions(BatchedImages(cells.train)) == split.forget.tolist()
 
 
 def test_the_written_split_holds_keyed_hashes_and_no_patient(cells: ImageData) -> None:

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, r
 from torch import nn
 from torch.utils.data import DataLoader
 
-from monai_unlearn.data import ImageDataset, LabeledImages, make_loader
+from monai_unlearn.data import BatchedImages, LabeledImages, make_loader
 from monai_unlearn.evaluation import SplitResult, evaluate, probabilities_and_one_hot
 from monai_unlearn.metrics import log_odds
 
@@ -28,7 +28,7 @@ def _split(n: int = 41, classes: int = 4, seed: int = 0) -> LabeledImages:
 
 
 def _loader(part: LabeledImages, batch_size: int = 10) -> DataLoader:
-    return make_loader(ImageDataset(part), batch_size)
+    return make_loader(BatchedImages(part), batch_size)
 
 
 def _evaluator(loader: DataLoader, network: nn.Module) -> SupervisedEvaluator:
@@ -55,7 +55,7 @@ def _run(network: nn.Module, **parts: LabeledImages) -> dict[str, SplitResult]:
 @torch.no_grad()
 def _logits(network: nn.Module, part: LabeledImages) -> torch.Tensor:
     network.eval()
-    return network(ImageDataset(part).__getitems__(list(range(len(part))))["image"])
+    return network(BatchedImages(part).__getitems__(list(range(len(part))))["image"])
 
 
 @pytest.mark.parametrize("seed", range(4))

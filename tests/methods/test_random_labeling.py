@@ -209,11 +209,18 @@ def test_another_label_key_is_relabeled(make_trainer, forget, records, on) -> No
 
 
 def test_a_run_that_meets_no_forget_sample_raises(make_trainer, forget, records) -> None:
-    retain = DataLoader(Dataset([record for i, record in enumerate(records) if not IS_FORGET[i]]), batch_size=8)
+    retain = [record for i, record in enumerate(records) if not IS_FORGET[i]]
+    batches = list(DataLoader(Dataset(retain), batch_size=8))  # no records, so only the run itself can tell
     with pytest.raises(RuntimeError, match="met no forget sample in 6 iterations"):
-        make_trainer([RandomLabeling(forget)], train_data_loader=retain).run()
+        make_trainer([RandomLabeling(forget)], train_data_loader=batches).run()
 
 
 def test_a_batch_without_the_key_raises(make_trainer) -> None:
     with pytest.raises(KeyError, match="The batch has no 'study'"):
         make_trainer([RandomLabeling(ForgetSet(["P0"], key="study"))]).run()
+
+
+def test_a_request_that_is_only_partly_in_the_data_is_refused(make_trainer) -> None:
+    trainer = make_trainer([RandomLabeling(ForgetSet([1, 999]))])
+    with pytest.raises(ValueError, match="1 of the 2 ids to forget are not in the training data"):
+        trainer.run()

@@ -615,17 +615,6 @@ def test_loss_scaling_keeps_masked_out_weights(make_trainer, make_network, forge
         torch.testing.assert_close(value, results[1][0][key], rtol=1e-5, atol=1e-6)
 
 
-def test_two_masks_leave_only_what_both_allow(make_trainer, make_network, forget, records, loader_of) -> None:
-    network = make_network()
-    before = weights(network)
-    masks = [SaliencyMask(forget, ratio=0.5), SaliencyMask(forget, ratio=0.5, loader=loader_of(records[15:20]))]
-    optimizer = build("sgd_momentum", network)
-    make_trainer(masks, network=network, optimizer=optimizer).run()
-    both = {name: masks[0].mask[name] & masks[1].mask[name] for name in before}
-    check_frozen(before, network, both)
-    assert optimizer.param_groups[0]["weight_decay"] == 0.1
-
-
 def test_parameters_of_others_in_the_optimizer_are_treated_as_without_a_mask(
     make_trainer, make_network, forget
 ) -> None:
@@ -870,3 +859,8 @@ def test_top_fraction_of_many_values_equals_a_stable_sort(shape) -> None:
         expected = np.zeros(len(values), dtype=bool)
         expected[order[: math.floor(ratio * len(values) + 0.5)]] = True
         assert np.array_equal(top_fraction(values, ratio).numpy(), expected), ratio
+
+
+def test_a_second_mask_on_a_trainer_is_refused(make_trainer, forget) -> None:
+    with pytest.raises(RuntimeError, match="should have one SaliencyMask"):
+        make_trainer([SaliencyMask(forget), SaliencyMask(forget)])
