@@ -94,6 +94,7 @@ def markdown(table: pd.DataFrame) -> str:
         "retain %": ("retain_accuracy", 100, 1),
         "validation %": ("validation_accuracy", 100, 1),
         "test %": ("test_accuracy", 100, 1),
+        "test AUROC %": ("test_auroc", 100, 1),
         "attack AUC": ("attack_auc", 1, 2),
         "gap, points": ("gap", 1, 1),
         "test against retrained, points": ("test_change", 1, 1),

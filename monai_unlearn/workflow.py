@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ignite.handlers import ProgressBar
 from monai.utils import set_determinism
 from torch.utils.data import DataLoader, Subset
 
@@ -151,6 +153,8 @@ def _unlearn_into(folder: Path, run: _Run) -> tuple[dict, dict]:
     bundle.build("trainer", "methods", private_dir=str(folder / "private"))
     original_path, checkpoint = _original(run)
     evaluator, network = bundle.build("evaluator", "network")
+    if sys.stderr.isatty():  # a large set takes its time; a log file needs no line for each of its parts
+        ProgressBar(desc="evaluation").attach(evaluator)
     checkpoint.load_into(network)
     results = {"original": evaluate(evaluator, network, loaders)}
     _refuse_near_chance(results["original"], run.data.num_classes, original_path)
@@ -158,6 +162,11 @@ def _unlearn_into(folder: Path, run: _Run) -> tuple[dict, dict]:
     reference = None
     if settings["reference"]:
         seed = bundle.build("reference_seed")
+        if settings["original_checkpoint"] is not None:
+            logger.info(
+                "The retrained model follows the bundle's recipe. If your original was trained by another, write that "
+                "into the bundle, or the comparison is between two recipes."
+            )
         reference = train_model(bundle, run.model_folder(seed, forget=True), seed, split.forget_set(), "retrained")
 
     set_determinism(settings["seed"])

@@ -33,6 +33,9 @@ __all__ = ["SaliencyMask", "summed_gradient", "summed_loss", "top_fraction"]
 # Losses whose "sum" is the sum of what each sample has alone, or that many times more.
 SAMPLEWISE = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.MSELoss, nn.L1Loss, nn.HuberLoss)
 
+# Weights that are handled at once where this saves memory or time.
+PIECE = 2**18
+
 
 def summed_loss(loss_function: Any, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Sum over a batch of the loss that each sample has alone, whatever the loss's own reduction.
@@ -103,7 +106,13 @@ def top_fraction(values: torch.Tensor, ratio: float) -> torch.Tensor:
     threshold = _nth_largest(values.detach(), count)
     mask = values > threshold
     missing = count - int(mask.count_nonzero())
-    mask[torch.nonzero(values == threshold).view(-1)[:missing]] = True
+    # Piece by piece: where half of the gradient is zero, the places of all ties take more memory than the weights.
+    for some, marks in zip(values.split(PIECE), mask.split(PIECE)):
+        if not missing:
+            break
+        ties = torch.nonzero(some == threshold).view(-1)[:missing]
+        marks[ties] = True
+        missing -= len(ties)
     return mask
 
 
@@ -121,9 +130,12 @@ def _nth_largest(values: torch.Tensor, n: int) -> torch.Tensor:
         place = round((1 - n / size) * (len(sample) - 1))
         low, high = sample[max(place - 200, 0)], sample[min(place + 200, len(sample) - 1)]
         above = int((values > high).count_nonzero())
-        between = values[(values >= low) & (values <= high)]
-        if above < n <= above + len(between):
-            values, n, size = between, n - above, len(between)
+        within = (values >= low) & (values <= high)
+        if above < n <= above + int(within.count_nonzero()):
+            if low == high:
+                return low
+            values = values[within]
+            n, size = n - above, values.numel()
     return values.kthvalue(size - n + 1).values
 
 
@@ -364,4 +376,12 @@ def keep_(values: torch.Tensor, mask: torch.Tensor) -> None:
     ``masked_fill_``, in an eighth of its time on a CPU.
     """
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    values.view(integers).mul_(mask.view(torch.uint8))
+    bits, keep = values.view(integers), mask.view(torch.uint8)
+    if bits.ndim == 0:
+        bits.mul_(keep)
+        return
+    # By rows of the first axis, which any memory layout keeps together: the integers that the mask is turned into on
+    # the way then stay in the processor's cache.
+    rows = max(1, PIECE * len(bits) // max(1, bits.numel()))
+    for some, kept in zip(bits.split(rows), keep.split(rows)):
+        some.mul_(kept)
