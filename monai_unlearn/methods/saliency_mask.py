@@ -130,10 +130,11 @@ def _nth_largest(values: torch.Tensor, n: int) -> torch.Tensor:
         place = round((1 - n / size) * (len(sample) - 1))
         low, high = sample[max(place - 200, 0)], sample[min(place + 200, len(sample) - 1)]
         above = int((values > high).count_nonzero())
-        within = (values >= low) & (values <= high)
-        if above < n <= above + int(within.count_nonzero()):
-            if low == high:
-                return low
+        within = (values > low) & (values <= high)
+        below = n - above - int(within.count_nonzero())  # ranks below those within
+        if 0 < below <= int((values == low).count_nonzero()):  # often zero, which half of a gradient may be
+            return low
+        if n > above and below <= 0:
             values = values[within]
             n, size = n - above, values.numel()
     return values.kthvalue(size - n + 1).values

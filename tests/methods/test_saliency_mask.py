@@ -864,3 +864,19 @@ def test_top_fraction_of_many_values_equals_a_stable_sort(shape) -> None:
 def test_a_second_mask_on_a_trainer_is_refused(make_trainer, forget) -> None:
     with pytest.raises(RuntimeError, match="should have one SaliencyMask"):
         make_trainer([SaliencyMask(forget), SaliencyMask(forget)])
+
+
+@pytest.mark.parametrize("kind", ["spread", "half zero", "nearly all zero", "many ties", "sorted"])
+@pytest.mark.parametrize("ratio", [0.001, 0.3, 0.5, 0.9999])
+def test_the_largest_of_many_values_equal_those_of_a_sort(kind: str, ratio: float) -> None:
+    values = torch.randn(150_000).abs()
+    if kind == "many ties":
+        values = (3 * values).round()
+    elif kind == "sorted":
+        values = values.sort().values
+    elif kind != "spread":
+        values[torch.rand(150_000) < (0.5 if kind == "half zero" else 0.97)] = 0
+    mask = top_fraction(values, ratio)
+    assert int(mask.sum()) == round(150_000 * ratio)
+    order = torch.sort(values, descending=True, stable=True).indices[: round(150_000 * ratio)]
+    assert torch.equal(torch.nonzero(mask).view(-1), order.sort().values)
