@@ -74,14 +74,14 @@ def _findings(report: Mapping[str, Any]) -> list[str]:
                 "attack or more images may."
             )
         sentences.append(told)
-    if retrained is not None and None not in (unlearned["test"]["accuracy"], retrained["test"]["accuracy"]):
-        change = 100 * (unlearned["test"]["accuracy"] - retrained["test"]["accuracy"])
-        verb = "the same" if abs(change) < 0.05 else f"{abs(change):.1f} points {'higher' if change > 0 else 'lower'}"
-        sentences.append(
-            f"On new images (the test set) the unlearned model's accuracy is {verb}"
-            + (" as" if abs(change) < 0.05 else " than")
-            + " that of the retrained model."
-        )
+    if retrained is not None:
+        differences = [
+            f"{name} is {_difference(unlearned['test'][figure], retrained['test'][figure])} the retrained model's"
+            for figure, name in (("accuracy", "accuracy"), ("auroc", "AUROC"))
+            if None not in (unlearned["test"][figure], retrained["test"][figure])
+        ]
+        if differences:
+            sentences.append(f"On new images (the test set) the unlearned model's {', and its '.join(differences)}.")
     if report["gap_to_retrained"] is not None:
         sentences.append(
             f"Over forget, retain and test accuracy and this attack it is {report['gap_to_retrained']:.1f} percentage "
@@ -94,3 +94,10 @@ def _findings(report: Mapping[str, Any]) -> list[str]:
             "0.5 and a low forget accuracy alone prove nothing."
         )
     return sentences
+
+
+def _difference(value: float, reference: float) -> str:
+    change = 100 * (value - reference)
+    if abs(change) < 0.05:
+        return "the same as"
+    return f"{abs(change):.1f} points {'higher' if change > 0 else 'lower'} than"

@@ -190,13 +190,20 @@ def test_without_a_retrained_model_there_is_no_yardstick(render: Callable[..., s
 
 @pytest.mark.parametrize(
     ("accuracy", "words"),
-    [(0.65, "7.0 points lower than that"), (0.80, "8.0 points higher than that"), (0.72, "the same as that")],
+    [(0.65, "7.0 points lower than"), (0.80, "8.0 points higher than"), (0.72, "the same as")],
 )
 def test_the_findings_compare_the_accuracy_on_new_images(
     render: Callable[..., str], figures: dict[str, dict], accuracy: float, words: str
 ) -> None:
     figures["unlearned"]["test"]["accuracy"] = accuracy
-    assert f"accuracy is {words} of the retrained model" in _Page(render()).words
+    assert f"accuracy is {words} the retrained model's" in _Page(render()).words
+
+
+def test_the_findings_compare_the_ranking_of_new_images_too(
+    render: Callable[..., str], figures: dict[str, dict]
+) -> None:
+    figures["unlearned"]["test"]["auroc"], figures["retrained"]["test"]["auroc"] = 0.88, 0.957
+    assert "its AUROC is 7.7 points lower than the retrained model's" in _Page(render()).words
 
 
 def test_what_is_undefined_is_a_dash(render: Callable[..., str], figures: dict[str, dict]) -> None:
