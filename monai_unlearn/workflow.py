@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from monai_unlearn.checkpoint import Checkpoint, file_hash, load_checkpoint, sav
 from monai_unlearn.cost import Cost
 from monai_unlearn.data import BatchedImages, ImageData, LabeledImages, Split, make_loader
 from monai_unlearn.evaluation import SplitResult, evaluate
+from monai_unlearn.handlers import on_terminal
 from monai_unlearn.metrics import attack_auc, attack_auc_interval
 from monai_unlearn.output import check_output_dir, replaced_folder, write_json
 from monai_unlearn.provenance import machine, versions
@@ -153,7 +153,7 @@ def _unlearn_into(folder: Path, run: _Run) -> tuple[dict, dict]:
     bundle.build("trainer", "methods", private_dir=str(folder / "private"))
     original_path, checkpoint = _original(run)
     evaluator, network = bundle.build("evaluator", "network")
-    if sys.stderr.isatty():  # a large set takes its time; a log file needs no line for each of its parts
+    if on_terminal():  # a large set takes its time; a log file needs no line for each of its parts
         ProgressBar(desc="evaluation").attach(evaluator)
     checkpoint.load_into(network)
     results = {"original": evaluate(evaluator, network, loaders)}

@@ -2,6 +2,6 @@
 
 from monai_unlearn.handlers.cost_clock import CostClock
 from monai_unlearn.handlers.finite_loss import FiniteLoss
-from monai_unlearn.handlers.progress import Progress
+from monai_unlearn.handlers.progress import Progress, on_terminal
 
-__all__ = ["CostClock", "FiniteLoss", "Progress"]
+__all__ = ["CostClock", "FiniteLoss", "Progress", "on_terminal"]

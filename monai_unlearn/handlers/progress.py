@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -9,7 +10,12 @@ from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from tqdm import tqdm
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "on_terminal"]
+
+
+def on_terminal() -> bool:
+    """Whether the progress is shown on a terminal; one that has no width (in some containers) shows no bar."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 class Progress:
@@ -25,7 +31,7 @@ class Progress:
 
     def attach(self, engine: Engine) -> None:
         """Register on an engine's events."""
-        if sys.stderr.isatty():
+        if on_terminal():
             ProgressBar(desc=self.description).attach(engine)
         else:  # Ignite's bar writes some epochs twice there, and short ones not at all
             engine.add_event_handler(Events.STARTED, self._start)
