@@ -19,9 +19,9 @@ import pandas as pd
 from monai_unlearn.bundle import bundle_path
 from monai_unlearn.metrics import average_gap
 from monai_unlearn.report import gap_figures
+from monai_unlearn.report.results import SPLITS
 
 METHODS = ("saliency", "random_labeling", "retrain")
-SPLITS = ("forget", "retain", "validation", "test")
 
 
 def run(run_id: str, bundle: str, seed: int, options: list[str]) -> None:

@@ -8,7 +8,6 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import nn
@@ -134,12 +133,8 @@ def save_atomically(content: object, path: str | os.PathLike) -> None:
 
 def file_hash(path: str | os.PathLike) -> str:
     """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: IO[bytes]) -> str:  # Python 3.10
     sha = hashlib.sha256()
-    for block in iter(lambda: file.read(1 << 20), b""):
-        sha.update(block)
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            sha.update(block)
     return sha.hexdigest()

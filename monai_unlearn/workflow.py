@@ -44,6 +44,7 @@ class _Run:
     bundle: Bundle
     settings: dict[str, Any]
     data: ImageData
+    data_digest: str
     split: Split
     device: torch.device
     image_range: Sequence[float]
@@ -68,10 +69,10 @@ class _Run:
             len(data.train),
             "" if patients is None else f" of {len(np.unique(patients))} patients",
         )
-        return cls(bundle, bundle.settings(), data, split, device, image_range)
+        return cls(bundle, bundle.settings(), data, data.digest(), split, device, image_range)
 
     def model_folder(self, seed: int, forget: bool) -> Path:
-        parts = [self.data.digest(), self.split.digest() if forget else "all", str(seed)]
+        parts = [self.data_digest, self.split.digest() if forget else "all", str(seed)]
         return Path(self.settings["models_dir"]) / self.bundle.recipe_hash(*parts)
 
     def dataset(self, part: LabeledImages) -> BatchedImages:
@@ -136,11 +137,9 @@ def unlearn(bundle: Bundle) -> None:
         logger.info("\n%s\n", terminal_table(report))
         for name in ("unlearned_model.pt", "report.json", "report.html"):
             logger.info("Wrote %s", output / name)
-        if any((output / "private").iterdir()):
-            logger.info(
-                "%s holds functions of the forgotten images: keep it as private as these, or delete it.",
-                output / "private",
-            )
+        logger.info(
+            "%s holds functions of the forgotten images: keep it as private as these, or delete it.", output / "private"
+        )
 
 
 def _unlearn_into(folder: Path, run: _Run) -> tuple[dict, dict]:
@@ -202,7 +201,7 @@ def _unlearn_into(folder: Path, run: _Run) -> tuple[dict, dict]:
         cost=cost,
         provenance={
             "original_checkpoint": str(original_path),
-            "data": {"name": run.data.name, "sha256": run.data.digest()},
+            "data": {"name": run.data.name, "sha256": run.data_digest},
             "versions": versions(),
             "machine": machine(run.device),
             "retrained_on": None if reference is None else reference.machine,
@@ -232,13 +231,13 @@ def _original(run: _Run) -> tuple[Path, Checkpoint]:
         path = Path(settings["original_checkpoint"])
         return path, load_checkpoint(path, settings["network_key"])
     folder = run.model_folder(settings["seed"], forget=False)
-    if not run.data.embedded and find_model(folder) is None:
-        raise ValueError(
-            f"There is no original model of {run.data.name} to unlearn from. Name yours with "
-            "--original_checkpoint FILE, or train one with the same data and seed: "
-            "python -m monai.bundle run train --config_file bundles/train.json"
-        )
     if find_model(folder) is None:
+        if not run.data.embedded:
+            raise ValueError(
+                f"There is no original model of {run.data.name} to unlearn from. Name yours with "
+                "--original_checkpoint FILE, or train one with the same data and seed: "
+                "python -m monai.bundle run train --config_file bundles/train.json"
+            )
         logger.info("No --original_checkpoint given: training an original model on the embedded data first.")
     path = train_model(run.bundle, folder, settings["seed"], None, "original").path
     return path, load_checkpoint(path)

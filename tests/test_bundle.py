@@ -281,8 +281,8 @@ def test_an_overlay_with_a_misspelt_argument_raises(workplace: Workplace) -> Non
     assert "has no argument 'nam'. Did you mean 'name'?" in messages(caught.value)
 
 
-def test_network_def_can_come_from_a_file_of_the_user(empty_workplace: Workplace) -> None:
-    file = empty_workplace.folder / "net.json"
+def write_users_network(folder: Path) -> Path:
+    file = folder / "net.json"
     network = {
         "_target_": "monai.networks.nets.Classifier",
         "in_shape": [1, 12, 12],
@@ -291,6 +291,11 @@ def test_network_def_can_come_from_a_file_of_the_user(empty_workplace: Workplace
         "strides": [2, 2],
     }
     file.write_text(json.dumps({"net": network}))
+    return file
+
+
+def test_network_def_can_come_from_a_file_of_the_user(empty_workplace: Workplace) -> None:
+    file = write_users_network(empty_workplace.folder)
     shape = {key: value for key, value in TINY.items() if not key.startswith("network_def")}
     bundle = checked_bundle("saliency", **shape, dataset_file=str(empty_workplace.data), network_def=f"%{file}#net")
     bundle._parser.resolve_macro_and_relative_ids()
@@ -300,21 +305,13 @@ def test_network_def_can_come_from_a_file_of_the_user(empty_workplace: Workplace
 def test_a_whole_run_takes_a_network_of_the_users_file(empty_workplace: Workplace) -> None:
     from monai.bundle import run
 
-    file = empty_workplace.folder / "net.json"
-    network = {
-        "_target_": "monai.networks.nets.Classifier",
-        "in_shape": [1, 12, 12],
-        "classes": 3,
-        "channels": [4, 4],
-        "strides": [2, 2],
-    }
-    file.write_text(json.dumps({"net": network}))
+    file = write_users_network(empty_workplace.folder)
     given = {key: value for key, value in TINY.items() if not key.startswith("network_def")}
     given |= {"dataset_file": str(empty_workplace.data), "network_def": f"%{file}#net", "train_lr": 0.01}
     run("train", config_file=str(bundle_path("train")), **given)
     run("unlearn", config_file=str(bundle_path("saliency")), **given, epochs=1, reference=False)
     state = torch.load(empty_workplace.folder / "runs/saliency/unlearned_model.pt", weights_only=True)
-    own = ConfigParser({"net": network}).get_parsed_content("net")
+    own = ConfigParser(json.loads(file.read_text())).get_parsed_content("net")
     own.load_state_dict(state, strict=True)
 
 

@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from monai_unlearn.report.results import SPLITS
+
 __all__ = ["accuracy_plot", "cost_plot", "score_plot"]
 
 # Okabe and Ito's colours, told apart by people with any colour vision, and by lightness in print.
 COLORS = {"original": "#8a8a8a", "unlearned": "#d55e00", "retrained": "#0072b2"}
-SPLITS = ("forget", "retain", "validation", "test")
 
 
 def accuracy_plot(models: Mapping[str, Any]) -> str:
