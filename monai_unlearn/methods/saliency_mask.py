@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from monai_unlearn.cost import Cost, seconds_of
 from monai_unlearn.forget_set import ForgetSet
+from monai_unlearn.loss import MaskedBCEWithLogitsLoss
 from monai_unlearn.methods._trainer import (
     evaluation_mode,
     is_iterating,
@@ -31,7 +32,16 @@ from monai_unlearn.methods._trainer import (
 __all__ = ["SaliencyMask", "summed_gradient", "summed_loss", "top_fraction"]
 
 # Losses whose "sum" is the sum of what each sample has alone, or that many times more.
-SAMPLEWISE = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.MSELoss, nn.L1Loss, nn.HuberLoss)
+SAMPLEWISE = (
+    nn.CrossEntropyLoss,
+    nn.NLLLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.HuberLoss,
+    MaskedBCEWithLogitsLoss,
+)
 
 # Weights that are handled at once where this saves memory or time.
 PIECE = 2**18
@@ -41,8 +51,9 @@ def summed_loss(loss_function: Any, prediction: torch.Tensor, target: torch.Tens
     """Sum over a batch of the loss that each sample has alone, whatever the loss's own reduction.
 
     Args:
-        loss_function: the trainer's loss. A loss of PyTorch is switched to ``reduction="sum"`` in a copy (so class
-            weights count); any other is applied to one sample at a time, which is right for every loss.
+        loss_function: the trainer's loss. A loss of PyTorch, or ``MaskedBCEWithLogitsLoss``, is switched to
+            ``reduction="sum"`` in a copy (so class weights count); any other is applied to one sample at a time,
+            which is right for every loss.
         prediction: shape B × ….
         target: shape B × ….
 
@@ -55,7 +66,8 @@ def summed_loss(loss_function: Any, prediction: torch.Tensor, target: torch.Tens
         summed.__dict__.update(loss_function.__dict__, reduction="sum")
         total = summed(prediction, target)
         per_class = isinstance(loss_function, (nn.CrossEntropyLoss, nn.NLLLoss)) and prediction.ndim == 2
-        entries = 1 if per_class or loss_function.reduction == "sum" else target.numel() // len(target)
+        per_sample = per_class or isinstance(loss_function, MaskedBCEWithLogitsLoss)
+        entries = 1 if per_sample or loss_function.reduction == "sum" else target.numel() // len(target)
         return total / entries
     return torch.stack(
         [loss_function(prediction[i : i + 1], target[i : i + 1]).mean() for i in range(len(target))]
@@ -248,7 +260,8 @@ class SaliencyMask:
         if not bool(torch.isfinite(gradient.max())):
             raise RuntimeError(
                 "The gradient over the forget samples should be finite, but holds NaN or infinity. "
-                "Check the images and the original model's loss."
+                "Check the images and the original model's loss; labels that are not known (NaN) need "
+                "monai_unlearn.loss.MaskedBCEWithLogitsLoss."
             )
         if not all(reached):
             sizes = [p.numel() if hit else 0 for p, hit in zip(parameters, reached)]

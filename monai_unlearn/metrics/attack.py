@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
-__all__ = ["attack_auc", "attack_auc_interval", "log_odds"]
+__all__ = ["attack_auc", "attack_auc_interval", "detectable_difference", "finding_log_odds", "log_odds"]
 
 
 def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -36,8 +36,30 @@ def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return true - others
 
 
+def finding_log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Score of a sample with several findings: mean over its known findings of (2y − 1) · logit, in float64.
+
+    The log-odds of the true answer to each finding's own question, so for one finding the same as ``log_odds`` with
+    two classes. Soft labels weigh: one of ½ counts as 0.
+
+    Args:
+        logits: shape B × L.
+        labels: shape B × L, in [0, 1]; NaN where a finding is not known.
+
+    Returns:
+        Float64 tensor of shape B; NaN for a sample without a known finding, which the attack leaves out.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape:
+        raise ValueError(
+            f"logits and labels should both be B × L, but got {tuple(logits.shape)} and {tuple(labels.shape)}."
+        )
+    return ((2 * labels.double() - 1) * logits.double()).nanmean(1)
+
+
 def attack_auc(members: np.ndarray, non_members: np.ndarray) -> float:
     """Probability that a member scores higher than a non-member, ties counting half.
+
+    Samples that have no score (NaN: no known finding) are left out.
 
     Args:
         members: scores of the forget samples, the positive class.
@@ -46,6 +68,7 @@ def attack_auc(members: np.ndarray, non_members: np.ndarray) -> float:
     Returns:
         A value in [0, 1]; NaN if either is empty.
     """
+    members, non_members = members[~np.isnan(members)], non_members[~np.isnan(non_members)]
     n, m = len(members), len(non_members)
     if not n or not m:
         return float("nan")
@@ -64,7 +87,8 @@ def attack_auc_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of ``attack_auc``; members and non-members are resampled separately.
 
-    Images of one patient are not independent: with groups, whole patients are resampled.
+    Images of one patient are not independent: with groups, whole patients are resampled. Samples that have no score
+    (NaN: no known finding) are left out, and with them a patient who has no other.
 
     Args:
         members: scores of the forget samples.
@@ -78,6 +102,10 @@ def attack_auc_interval(
     Returns:
         Lower and upper end; NaN if there are fewer than two samples or patients on either side.
     """
+    known, others_known = ~np.isnan(members), ~np.isnan(non_members)
+    members, non_members = members[known], non_members[others_known]
+    member_groups = None if member_groups is None else np.asarray(member_groups)[known]
+    non_member_groups = None if non_member_groups is None else np.asarray(non_member_groups)[others_known]
     values, place = np.unique(np.concatenate([members, non_members]), return_inverse=True)
     generator = np.random.default_rng(seed)
     sides = []
@@ -100,3 +128,26 @@ def attack_auc_interval(
         aucs[i] = (counts[0] * below).sum() / (counts[0].sum() * counts[1].sum())
     low, high = np.quantile(aucs, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def detectable_difference(n: int, m: int) -> float:
+    """Difference of a population attack's AUC from ½ that n members and m non-members can just show at 95 %.
+
+    1.96 times the standard error of the AUC when the scores of both come from one distribution,
+    √((n + m + 1) / (12 n m)). Samples have to be independent: where images belong to patients, their numbers of
+    patients are the ones to take.
+
+    Args:
+        n: number of members.
+        m: number of non-members.
+
+    Returns:
+        A positive number, above ½ where not even perfect separation would show; NaN if either is 0.
+
+    References:
+        Mann and Whitney, On a Test of Whether one of Two Random Variables is Stochastically Larger than the Other,
+        Ann. Math. Statist. 18 (1947).
+    """
+    if not n or not m:
+        return float("nan")
+    return 1.96 * float(np.sqrt((n + m + 1) / (12 * n * m)))

@@ -14,37 +14,62 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from monai_unlearn.report.results import SPLITS
+from monai_unlearn.report.results import MAIN_FIGURE, SPLITS
 
-__all__ = ["accuracy_plot", "cost_plot", "score_plot"]
+__all__ = ["accuracy_plot", "cost_plot", "finding_plot", "score_plot"]
 
 # Okabe and Ito's colours, told apart by people with any colour vision, and by lightness in print.
 COLORS = {"original": "#8a8a8a", "unlearned": "#d55e00", "retrained": "#0072b2"}
 
 
-def accuracy_plot(models: Mapping[str, Any]) -> str:
-    """Accuracy of each model on each split, as grouped bars."""
+def accuracy_plot(models: Mapping[str, Any], task: str = "multi-class") -> str:
+    """Accuracy, or mean AUROC of a multi-label task, of each model on each split, as grouped bars."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(models)
     for i, (name, model) in enumerate(models.items()):
-        heights = [float("nan") if (a := model[split]["accuracy"]) is None else 100 * a for split in SPLITS]
+        heights = [_percentage(model[split][MAIN_FIGURE[task]]) for split in SPLITS]
         places = np.arange(len(SPLITS)) + (i - (len(models) - 1) / 2) * width
         bars = axes.bar(places, heights, width * 0.92, color=COLORS[name], label=f"{name} model")
         axes.bar_label(bars, fmt="%.0f", fontsize=9)
     axes.set_xticks(range(len(SPLITS)), [f"{split} set" for split in SPLITS])
-    axes.set_ylabel("accuracy in %")
+    axes.set_ylabel("accuracy in %" if task == "multi-class" else "mean AUROC in %")
     axes.set_ylim(0, 112)
     axes.legend(ncols=len(models), loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
     return _svg("accuracy", figure, axes)
 
 
-def score_plot(scores: Mapping[str, Mapping[str, np.ndarray]]) -> str:
-    """Distribution of the per-sample score of forget and of unseen images, a panel for each model."""
+def finding_plot(models: Mapping[str, Any]) -> str:
+    """AUROC of each finding on the test set: a row for each finding, a dot for each model."""
+    findings = list(models["original"]["test"]["auroc_per_finding"])
+    figure = Figure(figsize=(8, 1 + 0.3 * len(findings)), layout="constrained")
+    axes = figure.subplots()
+    rows = np.arange(len(findings))
+    for (name, model), marker in zip(models.items(), "oDs"):
+        values = [_percentage(model["test"]["auroc_per_finding"][finding]) for finding in findings]
+        axes.scatter(values, rows, s=42, marker=marker, color=COLORS[name], alpha=0.85, label=f"{name} model", zorder=3)
+    names = [finding if len(finding) <= 32 else f"{finding[:31]}…" for finding in findings]
+    axes.set_yticks(rows, names, parse_math=False)
+    axes.set_ylim(len(findings) - 0.4, -0.6)
+    axes.grid(axis="y", color="#e3e3e3")
+    axes.axvline(50, color="#b0b0b0", linewidth=1, linestyle=":")
+    axes.set_xlabel("AUROC on the test set in % (dotted: chance)")
+    figure.legend(loc="outside upper center", ncols=len(models), frameon=False)
+    return _svg("finding", figure, axes)
+
+
+def score_plot(scores: Mapping[str, Mapping[str, np.ndarray]], task: str = "multi-class") -> str:
+    """Distribution of the per-sample score of forget and of unseen images, a panel for each model.
+
+    Images without a score (NaN) are left out.
+    """
+    scores = {
+        name: {part: values[~np.isnan(values)] for part, values in parts.items()} for name, parts in scores.items()
+    }
     figure = Figure(figsize=(8, 2.9), layout="constrained")
     panels = figure.subplots(1, len(scores), sharex=True, sharey=True, squeeze=False)[0]
     everything = np.concatenate([part for parts in scores.values() for part in parts.values()])
-    low, high = np.quantile(everything, [0.005, 0.995])
+    low, high = np.quantile(everything, [0.005, 0.995]) if len(everything) else (0, 1)
     edges = np.linspace(low, max(high, low + 1e-9), 31)
     for axes, (name, parts) in zip(panels, scores.items()):
         for part, color in (("validation", "#4d4d4d"), ("forget", COLORS[name])):
@@ -52,14 +77,18 @@ def score_plot(scores: Mapping[str, Mapping[str, np.ndarray]]) -> str:
             axes.hist(
                 values,
                 edges,
-                weights=np.full(len(values), 100 / len(values)),
+                weights=np.full(len(values), 100 / max(len(values), 1)),
                 histtype="step" if part == "validation" else "stepfilled",
                 alpha=1 if part == "validation" else 0.55,
                 linewidth=1.6,
                 color=color,
             )
         axes.set_title(f"{name} model", fontsize=11)
-        axes.set_xlabel("score (log-odds of the true class)")
+        axes.set_xlabel(
+            "score (log-odds of the true class)"
+            if task == "multi-class"
+            else "score (mean log-odds of the\ntrue findings)"
+        )
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("% of images")
     handles = [Line2D([], [], color="#4d4d4d", linewidth=1.6), Patch(color="#b0b0b0")]
@@ -90,6 +119,10 @@ def cost_plot(cost: Mapping[str, Any]) -> str:
     axes.invert_yaxis()
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return _svg("cost", figure, axes)
+
+
+def _percentage(share: float | None) -> float:
+    return float("nan") if share is None else 100 * share
 
 
 def _svg(name: str, figure: Figure, axes: Axes | None = None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from ignite.metrics import Accuracy, Loss
+from ignite.metrics import Accuracy, EpochMetric, Loss
 from monai.engines import SupervisedEvaluator
 from monai.handlers import ROCAUC, from_engine
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, roc_auc_score
@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from monai_unlearn.data import BatchedImages, LabeledImages, make_loader
 from monai_unlearn.evaluation import SplitResult, evaluate, probabilities_and_one_hot
-from monai_unlearn.metrics import log_odds
+from monai_unlearn.loss import MaskedBCEWithLogitsLoss
+from monai_unlearn.metrics import finding_log_odds, known_accuracy, log_odds, mean_auroc
 
 FIGURES = ("accuracy", "auroc", "loss", "balanced_accuracy")
 
@@ -176,3 +177,96 @@ def test_random_state_is_left_alone(make_network: Callable[..., nn.Module]) -> N
     _run(network, test=_split())
     state = torch.get_rng_state()
     assert torch.equal(state, before)
+
+
+# ---- several findings an image
+
+
+def _findings(n: int = 41, findings: int = 3, seed: int = 0) -> LabeledImages:
+    random = np.random.RandomState(seed)
+    labels = random.randint(0, 2, (n, findings)).astype(np.float32)
+    labels[random.rand(n, findings) < 0.3] = np.nan
+    return LabeledImages(random.randint(0, 256, (n, 6, 6)).astype(np.uint8), labels)
+
+
+def _findings_evaluator(loader: DataLoader, network: nn.Module) -> SupervisedEvaluator:
+    both = from_engine(["pred", "label"])
+    epoch = {"output_transform": both, "check_compute_fn": False}
+    return SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=loader,
+        network=network,
+        decollate=False,
+        key_val_metric={"accuracy": EpochMetric(known_accuracy, **epoch)},
+        additional_metrics={
+            "auroc": EpochMetric(mean_auroc, **epoch),
+            "loss": Loss(MaskedBCEWithLogitsLoss(), output_transform=both),
+        },
+    )
+
+
+def _run_findings(network: nn.Module, part: LabeledImages, batch_size: int = 10, names: object = None) -> SplitResult:
+    loader = _loader(part, batch_size)
+    return evaluate(_findings_evaluator(loader, network), network, {"test": loader}, names)["test"]
+
+
+@pytest.mark.parametrize("findings", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 10, 41])
+def test_the_figures_of_findings_are_scikit_learns(
+    make_network: Callable[..., nn.Module], findings: int, batch_size: int
+) -> None:
+    network, part = make_network(findings), _findings(findings=findings)
+    part.labels[7] = np.nan
+    names = ["edema", "fracture", "nodule"][:findings]
+    result = _run_findings(network, part, batch_size, names)
+    logits = _logits(network, part)
+    known = ~np.isnan(part.labels)
+    truth, found = part.labels[known] > 0, logits.numpy()[known] > 0
+    assert result.n == 41
+    assert result.accuracy == pytest.approx(accuracy_score(truth, found))
+    assert result.balanced_accuracy is None
+    each = [roc_auc_score(part.labels[rows, i], logits[torch.from_numpy(rows), i]) for i, rows in enumerate(known.T)]
+    assert result.auroc_per_finding == pytest.approx(dict(zip(names, each)))
+    assert result.auroc == pytest.approx(np.mean(each))
+    losses = [
+        log_loss(row > 0, z[k].double().sigmoid().numpy(), labels=[False, True]) if k.any() else 0.0
+        for row, z, k in ((labels[k], z, k) for labels, z, k in zip(part.labels, logits, known))
+    ]
+    assert result.loss == pytest.approx(np.mean(losses), rel=1e-4)
+    assert result.scores.dtype == np.float64
+    np.testing.assert_allclose(result.scores, finding_log_odds(logits, torch.from_numpy(part.labels)), atol=1e-5)
+    assert np.isnan(result.scores).nonzero()[0].tolist() == (~known.any(1)).nonzero()[0].tolist()
+    assert result.as_dict()["auroc_per_finding"] == result.auroc_per_finding
+
+
+def test_a_finding_of_one_class_is_none_and_left_out_of_the_mean(make_network: Callable[..., nn.Module]) -> None:
+    network, part = make_network(3), _findings()
+    part.labels[:, 1] = np.where(np.isnan(part.labels[:, 1]), np.nan, 1)
+    aurocs = _run_findings(network, part)
+    assert aurocs.auroc_per_finding is not None
+    assert list(aurocs.auroc_per_finding) == ["finding 1", "finding 2", "finding 3"]
+    first, missing, last = aurocs.auroc_per_finding.values()
+    assert missing is None
+    assert aurocs.auroc == pytest.approx((first + last) / 2)
+    part.labels[:] = np.where(np.isnan(part.labels), np.nan, 0)
+    nothing = _run_findings(network, part)
+    assert nothing.auroc is None
+    assert nothing.accuracy is not None
+    part.labels[:] = np.nan
+    unknown = _run_findings(network, part)
+    assert (unknown.auroc, unknown.accuracy) == (None, None)
+    assert np.isnan(unknown.scores).all()
+
+
+@pytest.mark.parametrize(("names", "message"), [(["a", "b"], "but are 2"), (["a", "b", "a"], "but are 3, 2 of them")])
+def test_names_that_do_not_fit_the_findings_are_refused(
+    make_network: Callable[..., nn.Module], names: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"findings should be 3 different names.*{message}"):
+        _run_findings(make_network(3), _findings(), names=names)
+
+
+def test_the_figures_of_classes_have_no_findings(make_network: Callable[..., nn.Module]) -> None:
+    result = _run(make_network(4), test=_split())["test"]
+    assert result.auroc_per_finding is None
+    assert "auroc_per_finding" not in result.as_dict()

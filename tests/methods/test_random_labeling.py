@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ignite.engine import Events
-from monai.data import CacheDataset, DataLoader, Dataset, ThreadDataLoader
-from scipy.stats import chisquare
+from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, ThreadDataLoader
+from monai.losses import FocalLoss
+from scipy.stats import binomtest, chisquare
 from torch import nn
 from torch.nn import functional
 
 from monai_unlearn import ForgetSet
+from monai_unlearn.loss import MaskedBCEWithLogitsLoss
 from monai_unlearn.methods import RandomLabeling
-from monai_unlearn.methods.random_labeling import other_labels
+from monai_unlearn.methods.random_labeling import other_findings, other_labels
 
+NAN = float("nan")
 IS_FORGET = torch.tensor([i // 5 in (0, 3) for i in range(30)])
 
 
@@ -182,10 +190,21 @@ def test_the_seed_decides_the_draw(make_trainer, forget, seen_labels) -> None:
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 0], [[0, 1, 0]]])
-def test_one_hot_and_multi_label_targets_are_refused(make_trainer, forget, records, rows) -> None:
+@pytest.mark.parametrize(
+    ("loss", "multi_label"), [(nn.CrossEntropyLoss(), None), (FocalLoss(), None), (nn.BCEWithLogitsLoss(), False)]
+)
+def test_one_hot_targets_are_not_taken_for_findings(make_trainer, forget, records, rows, loss, multi_label) -> None:
+    dataset = Dataset([{**record, "label": torch.tensor(rows, dtype=torch.float32)} for record in records])
+    trainer = make_trainer([RandomLabeling(forget, multi_label=multi_label)], dataset=dataset, loss_function=loss)
+    with pytest.raises(ValueError, match=r"one class index a sample.*pass multi_label=True"):
+        trainer.run()
+
+
+@pytest.mark.parametrize("rows", [[[0, 1, 0]], [[[0.0]], [[1.0]]]])
+def test_findings_of_another_shape_are_refused(make_trainer, forget, records, rows) -> None:
     dataset = Dataset([{**record, "label": torch.tensor(rows, dtype=torch.float32)} for record in records])
     trainer = make_trainer([RandomLabeling(forget)], dataset=dataset, loss_function=nn.BCEWithLogitsLoss())
-    with pytest.raises(ValueError, match=r"one class index a sample.*one-hot targets are not supported"):
+    with pytest.raises(ValueError, match=r"should hold findings, shape B × L, but got \(8, "):
         trainer.run()
 
 
@@ -224,3 +243,215 @@ def test_a_request_that_is_only_partly_in_the_data_is_refused(make_trainer) -> N
     trainer = make_trainer([RandomLabeling(ForgetSet([1, 999]))])
     with pytest.raises(ValueError, match="1 of the 2 ids to forget are not in the training data"):
         trainer.run()
+
+
+# ---- findings
+
+
+def others(row):
+    """Every other vector of hard findings that a row may become."""
+    choices = [[y] if math.isnan(y) or y == 0.5 else [y, 1 - y] for y in row]
+    return [other for other in itertools.product(*choices) if str(other) != str(tuple(row))]
+
+
+@pytest.mark.parametrize("known", [1, 2, 3, 5])
+@pytest.mark.parametrize("unknown", [0, 2])
+def test_other_findings_are_uniform_over_the_other_vectors(known, unknown) -> None:
+    true = [float(i % 2) for i in range(known)]
+    for i in range(unknown):
+        true.insert(2 * i, (NAN, 0.5)[i])
+    n = 40 * 2**known * 8
+    drawn = other_findings(torch.tensor([true]).repeat(n, 1), torch.Generator().manual_seed(0))
+    expected = others(true)
+    assert len(expected) == 2**known - 1
+    counts = {str(other): 0 for other in expected}
+    for row in drawn.tolist():
+        counts[str(tuple(row))] += 1  # a KeyError where a vector is drawn that is none of them
+    assert known == 1 or chisquare(list(counts.values())).pvalue > 0.001
+
+
+@pytest.mark.parametrize("findings", [1, 2, 10, 61, 62, 63, 64, 65, 300])
+def test_each_finding_is_flipped_as_often_as_it_should(findings) -> None:
+    n = 4000
+    labels = torch.ones(n, findings)
+    flipped = other_findings(labels, torch.Generator().manual_seed(1)) == 0
+    assert flipped.any(1).all()
+    share = 2.0 ** (findings - 1) / (2.0**findings - 1)
+    for finding in {0, findings // 2, findings - 1}:
+        assert binomtest(int(flipped[:, finding].sum()), n, share).pvalue > 0.001
+
+
+def test_a_row_of_coins_that_all_failed_is_drawn_from_the_same_distribution(monkeypatch) -> None:
+    """With two findings a quarter of all rows; here all, so that the second draw stands alone."""
+    draw = torch.randint
+    monkeypatch.setattr(
+        torch, "randint", lambda *a, **k: torch.zeros(a[1], dtype=torch.long) if a[0] == 2 else draw(*a, **k)
+    )
+    drawn = other_findings(torch.zeros(7 * 500, 3), torch.Generator().manual_seed(2))
+    numbers = (drawn * torch.tensor([1, 2, 4])).sum(1).long()
+    counts = torch.bincount(numbers, minlength=8)
+    assert counts[0] == 0
+    assert chisquare(counts[1:].numpy()).pvalue > 0.001
+    many = other_findings(torch.zeros(500, 100), torch.Generator().manual_seed(2))
+    assert (many[:, :62].sum(1) > 0).all()
+
+
+ENTRIES = st.sampled_from([0.0, 1.0, 0.25, 0.5, 0.9, NAN])
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    st.integers(1, 8).flatmap(
+        lambda size: st.lists(st.lists(ENTRIES, min_size=size, max_size=size), min_size=1, max_size=6)
+    ),
+    st.integers(0, 2**40),
+)
+def test_other_findings_differ_where_they_can_and_only_by_flips(rows, seed) -> None:
+    labels = torch.tensor(rows, dtype=torch.float64)
+    given_labels = labels.clone()
+    drawn = other_findings(labels, torch.Generator().manual_seed(seed))
+    again = other_findings(labels, torch.Generator().manual_seed(seed))
+    np.testing.assert_array_equal(labels, given_labels)
+    np.testing.assert_array_equal(drawn, again)
+    for true, other in zip(labels.tolist(), drawn.tolist()):
+        assert all(y == z or y == 1 - z or (math.isnan(y) and math.isnan(z)) for y, z in zip(true, other))
+        may_differ = any(not math.isnan(y) and y != 0.5 for y in true)
+        assert any(y != z for y, z in zip(true, other) if not math.isnan(y)) == may_differ
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.float16, torch.float32])
+def test_other_findings_keep_type_and_shape(dtype) -> None:
+    labels = torch.tensor([[0, 1, 0], [1, 1, 1]]).to(dtype)
+    drawn = other_findings(labels, torch.Generator().manual_seed(0))
+    assert drawn.dtype == dtype
+    assert drawn.shape == labels.shape
+    assert (drawn != labels).any(1).all()
+    assert other_findings(labels[:0], torch.Generator()).shape == (0, 3)
+
+
+def test_other_findings_take_the_labels_that_monai_gives() -> None:
+    labels = MetaTensor(torch.tensor([[0.0, 1.0], [NAN, 1.0]]))
+    drawn = other_findings(labels, torch.Generator().manual_seed(0))
+    assert drawn[1, 1] == 0
+    assert drawn[1, 0].isnan()
+
+
+@pytest.mark.parametrize("bad", [-1.0, 2.0, math.inf])
+def test_findings_outside_their_range_raise(bad) -> None:
+    with pytest.raises(ValueError, match=r"labels should lie in \[0, 1\]"):
+        other_findings(torch.tensor([[0.0, NAN, bad]]), torch.Generator())
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2, 2), ()])
+def test_findings_that_are_no_table_raise(shape) -> None:
+    with pytest.raises(ValueError, match="labels should be N × L"):
+        other_findings(torch.zeros(shape), torch.Generator())
+
+
+@pytest.fixture
+def findings(records):
+    """The records with five findings each, of which some are unknown or soft."""
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.randint(2, (30, 5), generator=generator).float()
+    labels[torch.rand(30, 5, generator=generator) < 0.3] = NAN
+    labels[3, 0] = 0.7
+    labels[IS_FORGET.nonzero()[1, 0]] = NAN  # a forget sample of which nothing is known
+    return Dataset([{**record, "label": label} for record, label in zip(records, labels)])
+
+
+@pytest.fixture
+def seen_findings(on):
+    """index → the findings that were trained on, for each time."""
+    seen: dict[int, list[torch.Tensor]] = {i: [] for i in range(30)}
+
+    def keep(engine):
+        for i, label in zip(engine.state.batch["index"].tolist(), engine.state.output["label"]):
+            seen[i].append(label.clone())
+
+    return seen, on(Events.ITERATION_COMPLETED, keep)
+
+
+@pytest.mark.parametrize(
+    ("loss", "multi_label"), [(MaskedBCEWithLogitsLoss(), None), (MaskedBCEWithLogitsLoss("sum"), True)]
+)
+def test_forget_findings_are_redrawn_and_all_others_stay(
+    make_trainer, make_network, forget, findings, seen_findings, loss, multi_label
+) -> None:
+    seen, keep = seen_findings
+    before = [record["label"].clone() for record in findings.data]
+    handler = RandomLabeling(forget, num_classes=1 if multi_label else None, multi_label=multi_label)
+    make_trainer(
+        [handler, keep], network=make_network(classes=5), dataset=findings, loss_function=loss, max_epochs=8
+    ).run()
+    for i, true in enumerate(before):
+        np.testing.assert_array_equal(findings.data[i]["label"], true)
+        assert len(seen[i]) == 8
+        drawn = torch.stack(seen[i])
+        known = ~true.isnan()
+        assert drawn[:, ~known].isnan().all()
+        if IS_FORGET[i] and known.any():
+            assert (drawn[:, known] != true[known]).any(1).all()
+            assert known.sum() == 1 or len(drawn[:, known].unique(dim=0)) > 1
+        else:
+            np.testing.assert_array_equal(drawn, true.repeat(8, 1))
+
+
+def test_the_seed_decides_the_draw_of_findings(make_trainer, make_network, forget, findings) -> None:
+    states = []
+    for seed in (0, 0, 1):
+        network = make_network(classes=5)
+        handlers = [RandomLabeling(forget, seed=seed)]
+        make_trainer(handlers, network=network, dataset=findings, loss_function=MaskedBCEWithLogitsLoss()).run()
+        states.append(network[-1].weight.detach().clone())
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("columns", [0, 1])
+@pytest.mark.parametrize("multi_label", [None, True])
+def test_one_finding_is_flipped_and_what_is_unknown_stays(
+    make_trainer, make_network, forget, records, seen_findings, columns, multi_label
+) -> None:
+    true = [NAN if i % 7 == 0 else (0.75 if i == 1 else float(i % 2)) for i in range(30)]
+    shape = (1,) * columns
+    dataset = Dataset([{**record, "label": torch.tensor(true[i]).view(shape)} for i, record in enumerate(records)])
+    seen, keep = seen_findings
+    loss = MaskedBCEWithLogitsLoss()
+    make_trainer(
+        [RandomLabeling(forget, multi_label=multi_label), keep],
+        network=make_network(classes=1),
+        dataset=dataset,
+        # MONAI's step gives the loss labels of shape B as they are.
+        loss_function=loss if columns else type("Flat", (MaskedBCEWithLogitsLoss,), {"forward": flat_forward})(),
+    ).run()
+    for i, drawn in seen.items():
+        expected = 1 - true[i] if IS_FORGET[i] else true[i]
+        np.testing.assert_array_equal(torch.stack(drawn).reshape(-1), [expected] * 2)
+
+
+def flat_forward(self, logits, labels):
+    return MaskedBCEWithLogitsLoss.forward(self, logits, labels[:, None])
+
+
+def test_a_run_in_which_no_forget_sample_has_another_label_raises(make_trainer, make_network, forget, records) -> None:
+    labels = [torch.tensor([NAN, 0.5]) if IS_FORGET[i] else torch.tensor([1.0, 0.0]) for i in range(30)]
+    dataset = Dataset([{**record, "label": label} for record, label in zip(records, labels)])
+    trainer = make_trainer(
+        [RandomLabeling(forget)],
+        network=make_network(classes=2),
+        dataset=dataset,
+        loss_function=MaskedBCEWithLogitsLoss(),
+    )
+    with pytest.raises(RuntimeError, match="None of the 20 forget samples that RandomLabeling met has a finding"):
+        trainer.run()
+
+
+def test_another_loss_takes_findings_when_it_is_told(make_trainer, make_network, forget, records) -> None:
+    dataset = Dataset([{**record, "label": torch.tensor([0.0, 1.0, 1.0])} for record in records])
+    make_trainer([RandomLabeling(forget, multi_label=True)], dataset=dataset, loss_function=FocalLoss()).run()
+
+
+@pytest.mark.parametrize("value", ["false", 1, 0.0])
+def test_multi_label_that_is_no_truth_value_is_refused(forget, value) -> None:
+    with pytest.raises(ValueError, match="multi_label should be true, false or None"):
+        RandomLabeling(forget, multi_label=value)

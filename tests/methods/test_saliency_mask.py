@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
+from monai_unlearn.loss import MaskedBCEWithLogitsLoss
 from monai_unlearn.methods import BatchNormPolicy, RandomLabeling, SaliencyMask
 from monai_unlearn.methods.saliency_mask import summed_gradient, summed_loss, top_fraction
 
@@ -134,6 +135,34 @@ def test_mask_equals_a_float64_oracle(make_trainer, make_network, forget, double
     mask = flat(mask_of(make_trainer, make_network, SaliencyMask(forget, ratio=ratio), network=network, dataset=double))
     count = math.floor(ratio * len(expected) + 0.5)
     assert mask.sum() == count
+    assert set(mask.nonzero().view(-1).tolist()) == set(expected.argsort(descending=True)[:count].tolist())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_mask_of_findings_equals_a_float64_oracle_whatever_is_unknown(
+    make_trainer, make_network, forget, double, loader_of, batch_size
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(2, (30, 3), generator=generator).double()
+    labels[torch.rand(30, 3, generator=generator) < 0.4] = torch.nan
+    labels[IS_FORGET.index(True)] = torch.nan
+    records = [{**record, "label": label} for record, label in zip(double.data, labels)]
+    forget_records = [record for i, record in enumerate(records) if IS_FORGET[i]]
+
+    def known_findings(logits, label):  # of one sample
+        known = ~label.isnan()
+        each = functional.binary_cross_entropy_with_logits(logits[known], label[known], reduction="sum")
+        return each / max(int(known.sum()), 1)
+
+    network = make_network().double()
+    expected = oracle(network, forget_records, known_findings)
+    saliency = SaliencyMask(forget, loader=loader_of(forget_records, batch_size))
+    trainer = make_trainer(
+        [saliency], network=network, dataset=Dataset(records), loss_function=MaskedBCEWithLogitsLoss()
+    )
+    start(trainer)
+    mask = flat(saliency.mask)
+    count = math.floor(0.5 * len(expected) + 0.5)
     assert set(mask.nonzero().view(-1).tolist()) == set(expected.argsort(descending=True)[:count].tolist())
 
 
@@ -794,6 +823,31 @@ def test_class_weights_count_in_the_summed_loss(kind, reduction) -> None:
     each = kind(reduction="none")(prediction, target)
     torch.testing.assert_close(summed_loss(loss, prediction, target), (weight[target] * each).sum(), rtol=1e-12, atol=0)
     assert loss.reduction == reduction
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 4), st.sampled_from(["mean", "sum"]), st.booleans())
+def test_summed_loss_of_findings_equals_a_loop_over_the_samples(seed, n, findings, reduction, weighted) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    prediction = torch.randn(n, findings, generator=generator, dtype=torch.float64).requires_grad_()
+    target = torch.randint(3, (n, findings), generator=generator).double() / 2
+    target[torch.rand(n, findings, generator=generator) < 0.5] = torch.nan
+    loss = MaskedBCEWithLogitsLoss(reduction, [0.5 + i for i in range(findings)] if weighted else None)
+    total = summed_loss(loss, prediction, target)
+    expected = sum(loss(prediction[i : i + 1], target[i : i + 1]) for i in range(n))
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        torch.autograd.grad(total, prediction)[0], torch.autograd.grad(expected, prediction)[0], rtol=1e-12, atol=1e-15
+    )
+    assert loss.reduction == reduction
+
+
+def test_summed_loss_of_findings_is_one_call(monkeypatch) -> None:
+    calls = []
+    forward = MaskedBCEWithLogitsLoss.forward
+    monkeypatch.setattr(MaskedBCEWithLogitsLoss, "forward", lambda *a: (calls.append(1), forward(*a))[1])
+    summed_loss(MaskedBCEWithLogitsLoss(), torch.zeros(5, 2), torch.zeros(5, 2))
+    assert len(calls) == 1
 
 
 def test_summed_gradient_equals_the_gradient_of_the_sum() -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, norm
+from scipy.stats import binom, mannwhitneyu, norm
 from sklearn.metrics import roc_auc_score
 
-from monai_unlearn.metrics import attack_auc, attack_auc_interval, log_odds
+from monai_unlearn.metrics import attack_auc, attack_auc_interval, detectable_difference, log_odds
 
 PROPERTIES = settings(deadline=None, derandomize=True, max_examples=100)
 # A few whole numbers, so that ties are common.
@@ -171,3 +171,55 @@ def test_one_sample_or_one_patient_gives_no_interval(members: list, others: list
 def test_separated_scores_give_a_degenerate_interval() -> None:
     assert attack_auc_interval(np.array([5.0, 6.0, 7.0]), np.array([0.0, 1.0])) == (1, 1)
     assert attack_auc_interval(np.zeros(3), np.zeros(3)) == (0.5, 0.5)
+
+
+def test_samples_without_a_score_are_left_out_with_their_groups() -> None:
+    members, others = _draw(3)
+    groups = [np.arange(len(scores)) // 3 for scores in (members, others)]
+    known = [np.arange(len(scores)) % 4 > 0 for scores in (members, others)]
+    known[0][:3] = False  # a patient without any
+    holed = [np.where(keep, scores, np.nan) for keep, scores in zip(known, (members, others))]
+    kept = [scores[keep] for keep, scores in zip(known, (members, others))]
+    kept_groups = [group[keep] for keep, group in zip(known, groups)]
+    assert attack_auc(*holed) == attack_auc(*kept)
+    assert attack_auc_interval(*holed, *groups) == attack_auc_interval(*kept, *kept_groups)
+    assert attack_auc_interval(*holed) == attack_auc_interval(*kept)
+
+
+def test_scores_of_which_none_is_known_give_no_figure() -> None:
+    nothing, something = np.full(4, np.nan), np.arange(4.0)
+    assert math.isnan(attack_auc(nothing, something))
+    assert np.isnan(attack_auc_interval(something, nothing)).all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(31, 52), (5, 400), (1000, 1000)])
+def test_the_detectable_difference_is_where_the_rank_test_turns_significant(n: int, m: int) -> None:
+    """Found by shifting ranks until SciPy's test, without its correction for continuity, says 5 %."""
+    random = np.random.default_rng(0)
+    members, others = random.permutation(n) / n, random.permutation(m) / m
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        p = mannwhitneyu(members + middle, others, method="asymptotic", use_continuity=False).pvalue
+        low, high = (middle, high) if p > 0.05 else (low, middle)
+    found = attack_auc(members + high, others) - 0.5
+    assert found == pytest.approx(detectable_difference(n, m), abs=1.5 / min(n, m))
+
+
+def test_more_samples_show_smaller_differences_and_none_show_nothing() -> None:
+    assert detectable_difference(100, 100) > detectable_difference(200, 100) > detectable_difference(200, 200)
+    assert detectable_difference(7, 9) == detectable_difference(9, 7)
+    assert detectable_difference(1, 1) == pytest.approx(0.98)
+    assert math.isnan(detectable_difference(0, 5))
+    assert math.isnan(detectable_difference(5, 0))
+
+
+def test_unmoved_scores_exceed_the_detectable_difference_in_one_of_twenty_draws() -> None:
+    random = np.random.default_rng(1)
+    n, m, draws = 25, 40, 800
+    beyond = sum(
+        abs(attack_auc(random.normal(size=n), random.normal(size=m)) - 0.5) > detectable_difference(n, m)
+        for _ in range(draws)
+    )
+    low, high = binom.interval(0.999, draws, 0.05)
+    assert low <= beyond <= high

@@ -35,6 +35,37 @@ def figures() -> dict[str, dict]:
 
 
 @pytest.fixture
+def finding_figures(figures: dict[str, dict]) -> dict[str, dict]:
+    """The same of a multi-label task, whose forget set has no fracture and whose test set has nothing but nodules."""
+    for model in figures.values():
+        for split in SPLITS:
+            auroc = model[split]["auroc"]
+            model[split]["auroc_per_finding"] = {"Edema": auroc - 0.01, "Fracture": auroc, "Nodule": auroc + 0.004}
+        model["forget"]["auroc_per_finding"]["Fracture"] = float("nan")
+        model["test"]["auroc_per_finding"]["Nodule"] = None
+    figures["unlearned"]["test"]["auroc_per_finding"]["Fracture"] -= 0.1
+    return figures
+
+
+@pytest.fixture
+def request_figures() -> dict[str, Any]:
+    """What a split says of its request; everything in it is a reason to warn."""
+    return {
+        "reference": "2024-017",
+        "images": 31,
+        "unit": "patient",
+        "matched": 29,
+        "patients": 7,
+        "partly_forgotten": 2,
+        "entries": 9,
+        "unmatched": 1,
+        "duplicates": {"training": 4, "evaluation": 6},
+        "allow_partial": True,
+        "overlap": {"option": "keep", "patients": 5, "images": 8},
+    }
+
+
+@pytest.fixture
 def make_report(figures: dict[str, dict]) -> Callable[..., dict[str, Any]]:
     """The report of these figures; ``reference=False`` without the retrained model."""
 

@@ -218,3 +218,142 @@ def test_it_promises_nothing(render: Callable[..., str]) -> None:
     words = _Page(render()).words.lower()
     for promise in ("certified", "clean", "has forgotten", "guarantee", "gdpr"):
         assert promise not in words
+
+
+# ---- the request, notes, and several findings an image
+
+
+def test_the_request_is_told_in_a_table_and_its_warnings_above(
+    render: Callable[..., str], request_figures: dict
+) -> None:
+    words = _Page(render(request=request_figures, notes=["This attack sees 0.25 at best."])).words
+    findings, rest = words.split(NOT_PROOF)
+    table = rest.split("The request ")[1].split("What the words mean")[0]
+    assert "Mind the request: 1 of its 9 entries matched nothing; 2 of 7 patients keep" in findings
+    assert "This attack sees 0.25 at best." in findings
+    for row in (
+        "reference 2024-017",
+        "what an entry means patient",
+        "entries 9",
+        "entries that matched nothing 1",
+        "may be met in part yes",
+        "images to be forgotten 31",
+        "patients with such images 7",
+        "patients who keep other images 2",
+        "equal images among the training images, forgotten too 4",
+        "equal images left out of the evaluation 6",
+        "validation and test images of the same patients 8 (patients: 5), kept in the evaluation",
+    ):
+        assert row in table
+
+
+@pytest.mark.parametrize(
+    ("overlap", "words"),
+    [
+        ({"option": "refuse", "patients": 0, "images": 0}, "of the same patients 0"),
+        ({"option": "drop", "patients": 5, "images": 8}, "of the same patients 8 (patients: 5), left out of the"),
+        (None, ""),
+    ],
+)
+def test_what_became_of_shared_patients_is_told(
+    render: Callable[..., str], request_figures: dict, overlap: dict | None, words: str
+) -> None:
+    page = _Page(render(request={**request_figures, "overlap": overlap})).words
+    assert words in page
+    assert ("of the same patients" in page) is (overlap is not None)
+    assert "still evaluated on" not in page
+
+
+def test_of_a_request_only_what_is_known_is_told(render: Callable[..., str], request_figures: dict) -> None:
+    unknown = {**dict.fromkeys(request_figures), "images": 31, "entries": 1, "unmatched": 0}
+    words = _Page(render(request=unknown)).words
+    table = words.split("The request ")[1].split("What the words mean")[0]
+    assert table.strip() == ("entries 1 entries that matched nothing 0 may be met in part no images to be forgotten 31")
+    assert "The request" not in _Page(render()).words
+
+
+@pytest.fixture
+def render_findings(
+    finding_figures: dict[str, dict], make_report: MakeReport, make_scores: MakeScores
+) -> Callable[..., str]:
+    def make(**changes: Any) -> str:
+        report = make_report(task="multi-label", **changes)
+        scores = make_scores(report)
+        for parts in scores.values():
+            parts["forget"][:3] = np.nan
+        return render_html(report, scores)
+
+    return make
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_the_page_of_findings_is_whole_and_has_a_plot_and_a_table_more(
+    render_findings: Callable[..., str], reference: bool
+) -> None:
+    text = render_findings(reference=reference)
+    page = _Page(text)
+    assert (page.errors, page.open) == ([], [])
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("figure") == tags.count("svg") == tags.count("figcaption") == 4
+    assert tags.count("table") == 5
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    assert not re.search(r"\b(nan|none|null)\b", page.words.replace("or none", ""), re.IGNORECASE)
+
+
+def test_the_page_of_findings_speaks_of_findings(render_findings: Callable[..., str]) -> None:
+    words = _Page(render_findings()).words
+    for told in (
+        "87.0 · 74.0 · 0.26",
+        "AUROC in % (mean over findings), then accuracy",
+        "unlearned model's mean AUROC is 3.5 points lower than",
+        "Of the single findings Fracture differs most: its AUROC is 13.5 points lower than",
+        "Over forget, retain and test mean AUROC",
+        "on 28 forgotten and 52 unseen images",
+        "How sure each model is of the true findings",
+        "Edema 84.5 81.5 85.0",
+        "Fracture 85.5 72.5 86.0",
+        "Nodule – – –",
+        "forget: Fracture test: Nodule",
+    ):
+        assert told in words
+    for of_classes in ("the true class", "mean over classes", "accuracy is"):
+        assert of_classes not in words
+
+
+def test_without_a_known_finding_among_them_nothing_can_be_said_of_forgotten_images(
+    make_report: MakeReport, make_scores: MakeScores, finding_figures: dict[str, dict]
+) -> None:
+    for model in finding_figures.values():
+        model["attack"] = {"auc": float("nan"), "low": float("nan"), "high": float("nan")}
+    report = make_report(task="multi-label")
+    scores = make_scores(report)
+    for parts in scores.values():
+        parts["forget"][:] = np.nan
+    words = _Page(render_html(report, scores)).words
+    assert "With 0 images to be forgotten of which a finding is known, nothing can be said" in words
+
+
+def test_with_one_finding_no_single_one_differs_most(
+    render_findings: Callable[..., str], finding_figures: dict[str, dict]
+) -> None:
+    for model in finding_figures.values():
+        for split in ("forget", "retain", "validation", "test"):
+            model[split]["auroc_per_finding"] = {"Edema": 0.8}
+    words = _Page(render_findings()).words
+    assert "Of the single findings" not in words
+    assert "Left out of the means" not in words
+
+
+@pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "--><b>&amp;"])
+def test_names_of_findings_notes_and_references_are_escaped(
+    render_findings: Callable[..., str], finding_figures: dict[str, dict], hostile: str
+) -> None:
+    for model in finding_figures.values():
+        for split in ("forget", "retain", "validation", "test"):
+            model[split]["auroc_per_finding"] = {hostile: None, "Edema": 0.8}
+    text = render_findings(notes=[hostile], request={"reference": hostile, "images": 31})
+    page = _Page(text)
+    assert hostile not in re.sub(r"<!--.*?-->", "", text)  # drawn text stands in a comment of its plot
+    assert page.errors == []
+    assert not {"script", "img", "b"} & {tag for tag, _ in page.tags}

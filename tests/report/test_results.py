@@ -30,15 +30,20 @@ SHARE = _or_null({"type": "number", "minimum": 0, "maximum": 1})
 COUNT = {"type": "integer", "minimum": 0}
 FIGURES = _exactly(accuracy=SHARE, auroc=SHARE, loss=_or_null({"type": "number"}), n={"type": "integer", "minimum": 1})
 MODEL = _exactly(**dict.fromkeys(SPLITS, FIGURES), attack=_exactly(auc=SHARE, low=SHARE, high=SHARE))
+NAMES = {"type": "array", "items": {"type": "string"}}
 COST = _exactly(seconds={"type": "number", "minimum": 0}, samples=COUNT, forward=COUNT, backward=COUNT)
 # What programs rely on. A change here is a new schema_version.
 SCHEMA = _exactly(
-    schema_version={"const": "1.0"},
+    schema_version={"const": "1.1"},
+    task={"enum": ["multi-class", "multi-label"]},
     method={"type": "string"},
     settings={"type": "object"},
     models=_exactly(original=MODEL, unlearned=MODEL, retrained=_or_null(MODEL)),
     gap_to_retrained=_or_null({"type": "number", "minimum": 0, "maximum": 100}),
+    findings_left_out=_or_null(_exactly(**dict.fromkeys(SPLITS, NAMES))),
     cost=_exactly(mask=COST, tuning=COST, unlearn=COST, retrain=_or_null(COST)),
+    request=_or_null({"type": "object"}),
+    notes=NAMES,
     provenance={"type": "object", "required": ["original_checkpoint"]},
 )
 
@@ -140,3 +145,97 @@ def test_without_a_mask_none_is_mentioned(make_report: MakeReport) -> None:
     text = terminal_table(make_report(reference=False, cost=cost))
     assert "Cost: 5.0 s and 17 samples" in text
     assert "mask" not in text
+
+
+# ---- several findings an image
+
+FINDINGS = ("Edema", "Fracture", "Nodule")
+
+
+def _schema_of_findings() -> dict:
+    """The same, where each split has the AUROC of each finding too."""
+    schema = copy.deepcopy(SCHEMA)
+    each = _exactly(**dict.fromkeys(FINDINGS, SHARE))
+    figures = _exactly(**FIGURES["properties"], auroc_per_finding=each)
+    model = _exactly(**dict.fromkeys(SPLITS, figures), attack=MODEL["properties"]["attack"])
+    schema["properties"]["models"] = _exactly(original=model, unlearned=model, retrained=_or_null(model))
+    return schema
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_the_report_of_findings_has_exactly_the_promised_nesting(
+    make_report: MakeReport, finding_figures: dict[str, dict], request_figures: dict, reference: bool
+) -> None:
+    report = make_report(reference, task="multi-label", request=request_figures, notes=("A note.",))
+    jsonschema.validate(report, _schema_of_findings())
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["task"] == "multi-label"
+    assert report["request"] == request_figures
+    assert report["notes"] == ["A note."]
+    assert report["findings_left_out"] == {"forget": ["Fracture"], "retain": [], "validation": [], "test": ["Nodule"]}
+    assert report["models"]["unlearned"]["forget"]["auroc_per_finding"]["Fracture"] is None
+
+
+def test_the_report_of_classes_speaks_of_no_findings(make_report: MakeReport) -> None:
+    report = make_report()
+    assert (report["task"], report["findings_left_out"]) == ("multi-class", None)
+    assert (report["request"], report["notes"]) == (None, [])
+
+
+def test_the_gap_of_findings_is_over_their_mean_auroc(
+    make_report: MakeReport, finding_figures: dict[str, dict]
+) -> None:
+    # AUROC is (1 + accuracy) / 2 here, so the three differences are half of those of the accuracies.
+    assert make_report(task="multi-label")["gap_to_retrained"] == pytest.approx((2 + 1 + 3.5 + 2) / 4)
+    assert gap_figures(finding_figures["unlearned"], "multi-label") == [0.87, 0.985, 0.825, 0.52]
+    finding_figures["unlearned"]["test"]["auroc"] = float("nan")
+    assert make_report(task="multi-label")["gap_to_retrained"] is None
+
+
+@pytest.mark.parametrize("task", ["multi_label", "binary", ""])
+def test_another_task_is_refused(make_report: MakeReport, task: str) -> None:
+    with pytest.raises(ValueError, match="task should be one of multi-class, multi-label"):
+        make_report(task=task)
+
+
+def test_the_terminal_table_of_findings_shows_their_mean_auroc(
+    make_report: MakeReport, finding_figures: dict[str, dict]
+) -> None:
+    lines = terminal_table(make_report(task="multi-label")).splitlines()
+    assert lines[0].startswith("AUROC in %    ")
+    assert lines[0].index("forget") == terminal_table(make_report()).splitlines()[0].index("forget")
+    assert lines[2].split()[:5] == ["unlearned", "87.0", "98.5", "85.0", "82.5"]
+    assert "accuracy" not in "\n".join(lines)
+
+
+def test_the_terminal_warns_of_the_request_in_one_line(make_report: MakeReport, request_figures: dict) -> None:
+    assert terminal_table(make_report(request=request_figures)).splitlines()[-1] == (
+        "Mind the request: 1 of its 9 entries matched nothing; 2 of 7 patients keep some of their images; "
+        "8 validation and test images of forgotten patients are still evaluated on."
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"overlap": None},
+        {"overlap": {"option": "drop", "patients": 5, "images": 8}},
+        {"overlap": {"option": "keep", "patients": 0, "images": 0}},
+        {"patients": None, "partly_forgotten": None, "duplicates": None, "overlap": None},
+    ],
+)
+def test_a_request_that_is_met_needs_no_warning(
+    make_report: MakeReport, request_figures: dict, changes: dict[str, Any]
+) -> None:
+    met = {**request_figures, "partly_forgotten": 0, "unmatched": 0, **changes}
+    plain = terminal_table(make_report())
+    assert terminal_table(make_report(request=met)) == plain
+    assert terminal_table(make_report(request=dict.fromkeys(met))) == plain
+    assert terminal_table(make_report(request={})) == plain
+
+
+def test_the_request_of_a_report_is_its_own(make_report: MakeReport, request_figures: dict) -> None:
+    before = copy.deepcopy(request_figures)
+    report = make_report(request=request_figures)
+    report["request"]["overlap"]["images"] = 99
+    assert request_figures == before
