@@ -19,6 +19,10 @@ REQUEST = {
     "forget_fraction": 0.1,
     "forget_indices": None,
     "forget_patients": None,
+    "forget_request": None,
+    "allow_partial": False,
+    "overlap": "refuse",
+    "find_duplicates": False,
 }
 RECIPE = {
     "train_epochs": 30,
@@ -44,7 +48,14 @@ COMPONENTS = {
         "forget_fraction": "@forget_fraction",
         "forget_indices": "@forget_indices",
         "forget_patients": "@forget_patients",
+        "forget_request": "@forget_request",
+        "allow_partial": "@allow_partial",
+        "overlap": "@overlap",
+        "find_duplicates": "@find_duplicates",
+        "cache_dir": "@models_dir",
+        "difficulty": "@difficulty",
     },
+    "difficulty": "$None",
     "augmentation": [{"_target_": "monai_unlearn.data.RandomFlip", "spatial_axis": 1}],
     "network_def": {
         "_target_": "monai.networks.nets.ResNet",
@@ -76,6 +87,18 @@ COMPONENTS = {
         "batch_size": "@batch_size",
         "shuffle": True,
         "seed": "@train_seed",
+    },
+    "evaluation_part": "$@data.train",
+    "evaluation_dataset": {
+        "_target_": "monai_unlearn.data.BatchedImages",
+        "source": "@evaluation_part",
+        "device": "@device",
+        "value_range": "@image_range",
+    },
+    "evaluation_loader": {
+        "_target_": "monai_unlearn.data.make_loader",
+        "dataset": "@evaluation_dataset",
+        "batch_size": 500,
     },
     "recipe": {
         "optimizer": {
@@ -180,6 +203,16 @@ RETRAIN = {
 }
 
 
+def epoch_metric(function: str) -> dict:
+    """An Ignite metric of all outputs of a split, by a function of ``monai_unlearn.metrics``."""
+    return {
+        "_target_": "ignite.metrics.EpochMetric",
+        "compute_fn": {"_target_": f"monai_unlearn.metrics.{function}", "_mode_": "callable"},
+        "output_transform": PRED_AND_LABEL,
+        "check_compute_fn": False,
+    }
+
+
 def method_config(name: str, settings: dict, methods: list[dict], **changes: object) -> dict:
     """The config of a method: its settings at the top, its handlers under ``methods``."""
     top = {
@@ -210,7 +243,7 @@ CONFIGS = {
         **DATA,
         **RECIPE,
         **COMPONENTS,
-        "split": {"_target_": "monai_unlearn.data.make_split", "data": "@data"},
+        "split": {"_target_": "monai_unlearn.data.make_split", "data": "@data", "overlap": "keep"},
         **EVALUATOR,
         "train": {"_target_": "monai_unlearn.workflow.train", "bundle": "@bundle"},
     },
@@ -222,12 +255,20 @@ CONFIGS = {
     "retrain": method_config(
         "retrain",
         {},
-        [{**COMPONENTS["recipe"]["trainer"]["train_handlers"][0], "lr_scheduler": "@lr_scheduler"}, RETRAIN],
+        [*COMPONENTS["recipe"]["trainer"]["train_handlers"], RETRAIN],
         reference_seed="$@seed + 1",
-        optimizer=COMPONENTS["recipe"]["optimizer"],
-        lr_scheduler={**COMPONENTS["recipe"]["lr_scheduler"], "optimizer": "@optimizer"},
+        optimizer="@recipe::optimizer",
         trainer={**UNLEARNING["trainer"], "max_epochs": "@train_epochs"},
     ),
+}
+# Parts that are added to any of the above: --config_file "['bundles/saliency.json','bundles/chexpert.json']".
+MULTI_LABEL = {
+    "loss_function": {"_target_": "monai_unlearn.loss.MaskedBCEWithLogitsLoss"},
+    "evaluator::key_val_metric": {"auroc": epoch_metric("mean_auroc")},
+    "evaluator::additional_metrics": {
+        "accuracy": epoch_metric("known_accuracy"),
+        "loss": EVALUATOR["evaluator"]["additional_metrics"]["loss"],
+    },
 }
 
 

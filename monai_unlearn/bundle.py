@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -26,7 +26,7 @@ __all__ = ["Bundle", "bundle_path", "device_of", "readable_errors"]
 # Keys that a bundle may have beside those of its file, given by MONAI's own command.
 COMMON_KEYS = {"bundle_root", "workflow_type", "_meta_", "_requires_"}
 # What does not change which model a recipe gives.
-NOT_RECIPE = {"data", "split", "forget", "bundle", "device", "seed", "train_seed"}
+NOT_RECIPE = {"data", "split", "forget", "bundle", "device", "seed", "train_seed", "cache", "cache_dir"}
 POSITIVE = ("lr", "epochs", "batch_size", "train_lr", "train_epochs")
 
 
@@ -39,12 +39,16 @@ def bundle_path(name: str) -> Path:
     Raises:
         ValueError: if there is none of that name.
     """
-    inside = Path(str(resources.files("monai_unlearn"))) / "bundles"
-    folder = inside if inside.is_dir() else inside.parent.parent / "bundles"
+    folder = _bundle_folder()
     names = sorted(file.stem for file in folder.glob("*.json") if file.stem != "metadata")
     if name not in names:
         raise ValueError(f"There is no bundle {name!r}.{_hint(name, names)} There are: {', '.join(names)}.")
     return folder / f"{name}.json"
+
+
+def _bundle_folder() -> Path:
+    inside = Path(str(resources.files("monai_unlearn"))) / "bundles"
+    return inside if inside.is_dir() else inside.parent.parent / "bundles"
 
 
 def device_of(name: str | torch.device) -> torch.device:
@@ -69,12 +73,14 @@ class Bundle:
 
     Args:
         parser: the workflow's parser, command-line overrides included.
-        shipped: the config's files as they are, without overrides.
+        shipped: the config as the package's own files give it, without overrides.
+        added: the top-level keys of the user's own files.
     """
 
-    def __init__(self, parser: ConfigParser, shipped: list[dict]) -> None:
+    def __init__(self, parser: ConfigParser, shipped: dict, added: Iterable[str] = ()) -> None:
         self._parser = parser
         self._shipped = shipped
+        self._added = set(added)
         self._shared: dict[str, Any] = {}
 
     @classmethod
@@ -96,14 +102,25 @@ class Bundle:
                 break
         if workflow is None:
             raise RuntimeError("No bundle is running. Start it with `python -m monai.bundle run`.")
-        if files is None:  # a workflow made in Python: what it was given can't be told from what was changed
-            shipped = [copy.deepcopy(workflow.parser.config)]
-        else:
-            shipped = [ConfigParser.load_config_file(file) for file in files]
-        bundle = cls(workflow.parser, shipped)
         with readable_errors():
+            bundle = cls._of(workflow, files)
             bundle.check()
         return bundle
+
+    @classmethod
+    def _of(cls, workflow: ConfigWorkflow, files: Sequence[str] | None) -> Bundle:
+        if files is None:  # a workflow made in Python: what it was given can't be told from what was changed
+            return cls(workflow.parser, copy.deepcopy(cast(dict, workflow.parser.config)))
+        if "bundle" not in ConfigParser.load_config_file(files[0]):
+            raise ValueError(
+                f"--config_file should name the method's bundle first, but {Path(files[0]).name} is a part that "
+                "changes another. Turn the files round."
+            )
+        ours = _bundle_folder().resolve()
+        own = [file for i, file in enumerate(files) if i == 0 or Path(file).resolve().parent == ours]
+        added = [key for file in files if file not in own for key in ConfigParser.load_config_file(file)]
+        top = (key.lstrip("+").replace("#", "::").split("::")[0] for key in added)
+        return cls(workflow.parser, ConfigParser.load_config_files(own), top)
 
     @property
     def config(self) -> dict:
@@ -116,11 +133,10 @@ class Bundle:
         Raises:
             ValueError: with the nearest valid key.
         """
-        base = self._shipped[0]
-        in_files = {key for file in self._shipped for key in file}
+        base = self._shipped
         text = json.dumps(self.config, default=str)
         for key in self.config:
-            if key in base or key in COMMON_KEYS or (key in in_files and f"@{key}" in text):
+            if key in base or key in COMMON_KEYS or (key in self._added and f"@{key}" in text):
                 continue
             raise ValueError(f"There is no setting {key!r}.{_hint(key, base)} Settings: {', '.join(self._settings())}.")
         for path, component in _components(self.config):
@@ -132,7 +148,7 @@ class Bundle:
         """The top-level keys that hold a plain value: what a user sets on the command line."""
         return [
             key
-            for key, value in self._shipped[0].items()
+            for key, value in self._shipped.items()
             if not isinstance(value, (dict, list)) and not _is_expression(value) and not key.startswith("_")
         ]
 
@@ -141,7 +157,7 @@ class Bundle:
         values = {key: self.config[key] for key in self._settings()}
         for key, value in values.items():
             if _is_expression(value):
-                values[key] = _typed(key, self.build(key), self._shipped[0][key])
+                values[key] = _typed(key, self.build(key), self._shipped[key])
         return values
 
     def share(self, **objects: Any) -> None:
@@ -177,16 +193,24 @@ class Bundle:
         Args:
             parts: what else it depends on: data, split and seed.
         """
-        relevant: dict[str, Any] = {}
-        pending = ["recipe"]
-        while pending:
-            key = pending.pop()
-            if key in relevant or key in NOT_RECIPE or key not in self.config:
-                continue
-            relevant[key] = self.config[key]
-            pending += re.findall(r"@(\w+)", json.dumps(self.config[key], default=str))
+        relevant = {key: self.config[key] for key in self._references("recipe", NOT_RECIPE)}
         content = json.dumps([relevant, parts], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def depends_on(self, key: str, other: str) -> bool:
+        """Whether a component of the config refers to another, directly or through others."""
+        return other in self._references(key)
+
+    def _references(self, key: str, without: Collection[str] = ()) -> set[str]:
+        """The top-level keys that one refers to, directly or through others, and itself."""
+        found: set[str] = set()
+        pending = [key]
+        while pending:
+            key = pending.pop()
+            if key not in found and key not in without and key in self.config:
+                found.add(key)
+                pending += re.findall(r"@(\w+)", json.dumps(self.config[key], default=str))
+        return found
 
 
 @contextmanager

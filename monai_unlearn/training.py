@@ -14,14 +14,17 @@ from monai_unlearn.bundle import Bundle
 from monai_unlearn.checkpoint import file_hash, load_checkpoint, save_atomically
 from monai_unlearn.cost import Cost
 from monai_unlearn.forget_set import ForgetSet
-from monai_unlearn.handlers import CostClock, FiniteLoss, Progress
+from monai_unlearn.handlers import CostClock, FiniteLoss, Progress, SampleHistory
 from monai_unlearn.methods import Retrain
 from monai_unlearn.output import new_folder, write_json
 from monai_unlearn.provenance import machine
 
-__all__ = ["TrainedModel", "find_model", "run_trainer", "train_model"]
+__all__ = ["HISTORY", "TrainedModel", "find_model", "run_trainer", "train_model"]
 
 logger = logging.getLogger("monai_unlearn")
+
+# How each training image fared in the training of an original model, by its position; beside the model.
+HISTORY = "history.csv"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,9 @@ def train_model(bundle: Bundle, folder: Path, seed: int, forget: ForgetSet | Non
     trainer = bundle.build("recipe::trainer", train_seed=seed)
     if forget is not None:
         Retrain(forget, initial_state=trainer.network.state_dict()).attach(trainer)
+    history = SampleHistory()
+    if forget is None:
+        history.attach(trainer)
     cost = run_trainer(trainer, what)
     here = machine(trainer.state.device)
     with new_folder(folder) as unfinished:
@@ -85,6 +91,8 @@ def train_model(bundle: Bundle, folder: Path, seed: int, forget: ForgetSet | Non
         load_checkpoint(unfinished / "model.pt")  # a model that can't be read back, or is not finite, is not kept
         content = {"what": what, "cost": cost.as_dict(), "machine": here, "sha256": file_hash(unfinished / "model.pt")}
         write_json(content, unfinished / "training.json")
+        if forget is None:
+            history.frame().to_csv(unfinished / HISTORY, index=False)
     logger.info("%s model: trained in %.0f s, kept in %s", what.capitalize(), cost.seconds, folder / "model.pt")
     return TrainedModel(folder / "model.pt", cost, here)
 

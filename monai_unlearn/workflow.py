@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from ignite.handlers import ProgressBar
 from monai.utils import set_determinism
@@ -18,20 +18,19 @@ from torch.utils.data import DataLoader, Subset
 from monai_unlearn.bundle import Bundle, device_of, readable_errors
 from monai_unlearn.checkpoint import Checkpoint, file_hash, load_checkpoint, save_atomically
 from monai_unlearn.cost import Cost
-from monai_unlearn.data import BatchedImages, ImageData, LabeledImages, Split, make_loader
+from monai_unlearn.data import ImageData, ImageFiles, LabeledImages, Split, read_request
 from monai_unlearn.evaluation import SplitResult, evaluate
 from monai_unlearn.handlers import on_terminal
 from monai_unlearn.metrics import attack_auc, attack_auc_interval
 from monai_unlearn.output import check_output_dir, replaced_folder, write_json
 from monai_unlearn.provenance import machine, versions
-from monai_unlearn.report import build_report, render_html, terminal_table
-from monai_unlearn.training import find_model, run_trainer, train_model
+from monai_unlearn.report import build_report, percent, render_html, terminal_table
+from monai_unlearn.training import HISTORY, find_model, run_trainer, train_model
 
 __all__ = ["train", "unlearn"]
 
 logger = logging.getLogger("monai_unlearn")
 
-EVALUATION_BATCH = 500
 # Balanced accuracy on its own training data, as the share of the way from chance to 1, below which something is
 # wrong with the transforms, the labels' order or the checkpoint rather than with the model.
 NEAR_CHANCE = 0.1
@@ -45,51 +44,64 @@ class _Run:
     settings: dict[str, Any]
     data: ImageData
     data_digest: str
-    split: Split
     device: torch.device
-    image_range: Sequence[float]
 
     @classmethod
     def start(cls, bundle: Bundle) -> _Run:
         set_determinism(bundle.settings()["seed"])
         data = bundle.build("data")
         bundle.share(data=data)
-        split = bundle.build("split")
-        bundle.share(split=split)
         device = device_of(bundle.build("device"))
         bundle.share(device=device)
-        image_range = bundle.build("image_range")
-        first = BatchedImages(data.train, device=device, value_range=image_range)[0]["image"][None]
+        if not bundle.depends_on("train_dataset", "train_seed"):  # files, perhaps in a cache: made once for all runs
+            bundle.share(train_dataset=bundle.build("train_dataset"))
+        first = bundle.build("evaluation_dataset", evaluation_part=data.train)[0]["image"][None]
         _check_network(bundle.build("network"), first, data.num_classes)
         patients = data.train.patients
         logger.info(
-            "Data: %s, %d classes, %d training images%s",
+            "Data: %s, %d %s, %d training images%s",
             data.name,
             data.num_classes,
+            "findings" if data.multi_label else "classes",
             len(data.train),
-            "" if patients is None else f" of {len(np.unique(patients))} patients",
+            "" if patients is None else f" of {len(np.unique(patients.astype(str)))} patients",
         )
-        return cls(bundle, bundle.settings(), data, data.digest(), split, device, image_range)
+        run = cls(bundle, bundle.settings(), data, data.digest(), device)
+        bundle.share(difficulty=_difficulty(run))
+        bundle.share(split=bundle.build("split"))
+        return run
+
+    @cached_property
+    def split(self) -> Split:
+        """Who is in which part."""
+        return self.bundle.build("split")
 
     def model_folder(self, seed: int, forget: bool) -> Path:
         parts = [self.data_digest, self.split.digest() if forget else "all", str(seed)]
         return Path(self.settings["models_dir"]) / self.bundle.recipe_hash(*parts)
 
-    def dataset(self, part: LabeledImages) -> BatchedImages:
-        """Images for evaluation: scaled as in training, without augmentation."""
-        return BatchedImages(part, device=self.device, value_range=self.image_range)
+    def loader(self, part: LabeledImages | ImageFiles, rows: np.ndarray | None = None) -> DataLoader:
+        """Images for evaluation: as in training, in order and without augmentation."""
+        dataset = self.bundle.build("evaluation_dataset", evaluation_part=part)
+        return self.bundle.build(
+            "evaluation_loader", evaluation_dataset=dataset if rows is None else Subset(dataset, rows.tolist())
+        )
 
     def loaders(self) -> dict[str, DataLoader]:
-        """The splits of the report and the selection half, in order and without augmentation."""
-        train, validation, test = map(self.dataset, (self.data.train, self.data.validation, self.data.test))
-        parts = {
-            "forget": Subset(train, self.split.forget.tolist()),
-            "retain": Subset(train, self.split.retain.tolist()),
-            "selection": Subset(validation, self.split.selection.tolist()),
-            "validation": Subset(validation, self.split.validation.tolist()),
-            "test": test,
+        """The splits of the report and the selection half."""
+        data, split = self.data, self.split
+        held_out = data.validation if data.test is None else data.test
+        return {
+            "forget": self.loader(data.train, split.forget),
+            "retain": self.loader(data.train, split.retain),
+            "selection": self.loader(data.validation, split.selection),
+            "validation": self.loader(data.validation, split.validation),
+            "test": self.loader(held_out, split.test),
         }
-        return {name: make_loader(part, EVALUATION_BATCH) for name, part in parts.items()}
+
+    def evaluate(self, evaluator: Any, network: torch.nn.Module, loaders: dict[str, DataLoader]) -> dict:
+        """Figures of a network on each of the loaders."""
+        return evaluate(evaluator, network, loaders, self.data.class_names if self.data.multi_label else None)
 
 
 def train(bundle: Bundle) -> None:
@@ -99,17 +111,20 @@ def train(bundle: Bundle) -> None:
         bundle: the running bundle.
     """
     with readable_errors():
+        if bundle.settings().get("original_checkpoint") is not None:
+            raise ValueError("train makes an original model, so it takes no --original_checkpoint. Leave it out.")
         run = _Run.start(bundle)
         folder = run.model_folder(run.settings["seed"], forget=False)
         model = train_model(bundle, folder, run.settings["seed"], None, "original")
         checkpoint = load_checkpoint(model.path)
         evaluator, network = bundle.build("evaluator", "network")
         checkpoint.load_into(network)
-        loaders = run.loaders()
-        everything = make_loader(run.dataset(run.data.train), EVALUATION_BATCH)
-        results = evaluate(evaluator, network, {"training": everything, "selection": loaders["selection"]})
-        for name, result in results.items():
-            logger.info("  %-10s accuracy %5.1f %%  (n = %d)", name, 100 * (result.accuracy or 0), result.n)
+        parts = {"training": run.loader(run.data.train), "selection": run.loaders()["selection"]}
+        for name, result in run.evaluate(evaluator, network, parts).items():
+            figure = (
+                f"AUROC {percent(result.auroc)}" if run.data.multi_label else f"accuracy {percent(result.accuracy)}"
+            )
+            logger.info("  %-10s %s %%  (n = %d)", name, figure, result.n)
         logger.info("\nUnlearn it with --original_checkpoint %s and the same data and seed.", model.path)
 
 
@@ -124,7 +139,7 @@ def unlearn(bundle: Bundle) -> None:
         check_output_dir(output)
         run = _Run.start(bundle)
         logger.info(
-            "To forget: %d training images (%.1f %%), drawn by %s; to retain: %d",
+            "To forget: %d training images (%.1f %%), by %s; to retain: %d",
             len(run.split.forget),
             100 * len(run.split.forget) / len(run.data.train),
             run.split.unit,
@@ -155,8 +170,8 @@ def _unlearn_into(folder: Path, run: _Run) -> tuple[dict, dict]:
     if on_terminal():  # a large set takes its time; a log file needs no line for each of its parts
         ProgressBar(desc="evaluation").attach(evaluator)
     checkpoint.load_into(network)
-    results = {"original": evaluate(evaluator, network, loaders)}
-    _refuse_near_chance(results["original"], run.data.num_classes, original_path)
+    results = {"original": run.evaluate(evaluator, network, loaders)}
+    _refuse_near_chance(results["original"], run.data, original_path)
 
     reference = None
     if settings["reference"]:
@@ -180,16 +195,16 @@ def _unlearn_into(folder: Path, run: _Run) -> tuple[dict, dict]:
     save_atomically(checkpoint.with_state_of(trainer.network), folder / "unlearned_model.pt")
     # Evaluated is what was written, read back as a user would.
     load_checkpoint(folder / "unlearned_model.pt", checkpoint.key).load_into(network)
-    results["unlearned"] = evaluate(evaluator, network, loaders)
+    results["unlearned"] = run.evaluate(evaluator, network, loaders)
 
     if reference is not None:
         cost["retrain"] = reference.cost
         load_checkpoint(reference.path).load_into(network)
-        results["retrained"] = evaluate(evaluator, network, loaders)
+        results["retrained"] = run.evaluate(evaluator, network, loaders)
 
-    key = secrets.token_hex(32)
-    (folder / "private" / "split_key").write_text(key + "\n", encoding="utf-8")
-    write_json(split.as_hashes(run.data, key), folder / "split.json")
+    if not split.key_is_kept:
+        (folder / "private" / "split_key").write_text(split.key + "\n", encoding="utf-8")
+    write_json(split.as_hashes(run.data), folder / "split.json")
     figures = {
         name: {part: result.as_dict() for part, result in splits.items()} | {"attack": _attack(splits, run)}
         for name, splits in results.items()
@@ -199,6 +214,9 @@ def _unlearn_into(folder: Path, run: _Run) -> tuple[dict, dict]:
         settings={name: _without_names(name, value) for name, value in settings.items()},
         models=figures,
         cost=cost,
+        task="multi-label" if run.data.multi_label else "multi-class",
+        request=split.request,
+        notes=run.data.notes,
         provenance={
             "original_checkpoint": str(original_path),
             "data": {"name": run.data.name, "sha256": run.data_digest},
@@ -243,6 +261,24 @@ def _original(run: _Run) -> tuple[Path, Checkpoint]:
     return path, load_checkpoint(path)
 
 
+def _difficulty(run: _Run) -> pd.DataFrame | None:
+    """Scores that the request asks for and the data does not have: recorded in training, or from the original model."""
+    file = run.settings.get("forget_request")
+    wanted = set() if file is None else read_request(file).score_columns - set(run.data.train.index())
+    if not wanted:
+        return None
+    path, checkpoint = _original(run)
+    history = path.parent / HISTORY
+    scores = pd.read_csv(history) if history.is_file() else pd.DataFrame(index=range(len(run.data.train)))
+    if "difficulty" in wanted:
+        evaluator, network = run.bundle.build("evaluator", "network")
+        checkpoint.load_into(network)
+        result = run.evaluate(evaluator, network, {"training": run.loader(run.data.train)})
+        scores["difficulty"] = result["training"].difficulty
+        logger.info("Difficulty of the training images: as the original model sees them (see docs/difficulty.md)")
+    return scores
+
+
 def _check_network(network: torch.nn.Module, image: torch.Tensor, num_classes: int) -> None:
     """A network that does not fit the data should be refused in one sentence."""
     network.eval()
@@ -261,15 +297,17 @@ def _check_network(network: torch.nn.Module, image: torch.Tensor, num_classes: i
         )
 
 
-def _refuse_near_chance(original: dict[str, SplitResult], num_classes: int, path: Path) -> None:
+def _refuse_near_chance(original: dict[str, SplitResult], data: ImageData, path: Path) -> None:
     """An original that knows nothing of its own training data was loaded or fed wrongly."""
-    worst = max(original[name].balanced_accuracy for name in ("forget", "retain"))
-    chance = 1 / num_classes
-    if worst < chance + NEAR_CHANCE * (1 - chance):
+    figure, chance = ("auroc", 0.5) if data.multi_label else ("balanced_accuracy", 1 / data.num_classes)
+    values = [getattr(original[name], figure) for name in ("forget", "retain")]
+    best = max((value for value in values if value is not None), default=1.0)
+    if best < chance + NEAR_CHANCE * (1 - chance):
         raise ValueError(
-            f"The original model {path.name} has a balanced accuracy of {worst:.3f} on its own training data, near the "
-            f"chance of {chance:.3f}. Check that the images are scaled as in its training (--image_range), that "
-            "the labels have the same order, and that the checkpoint is the trained one."
+            f"The original model {path.name} has a {figure.replace('_', ' ').replace('auroc', 'mean AUROC')} of "
+            f"{best:.3f} on its own training data, near the chance of {chance:.3f}. Check that the images are scaled "
+            "as in its training (--image_range), that the labels have the same order, and that the checkpoint is the "
+            "trained one."
         )
 
 
@@ -288,4 +326,4 @@ def _attack(splits: dict[str, SplitResult], run: _Run) -> dict[str, float]:
 
 def _without_names(name: str, value: Any) -> Any:
     """A request's file may be named after a patient."""
-    return "a file" if name in ("forget_indices", "forget_patients") and value is not None else value
+    return "a file" if name in ("forget_indices", "forget_patients", "forget_request") and value is not None else value

@@ -98,7 +98,7 @@ def checked_bundle(name: str, overlay: dict | None = None, **overrides: Any) -> 
     shipped = ConfigParser.load_config_file(bundle_path(name))
     parser = ConfigParser(ConfigParser.load_config_file(bundle_path(name)) | (overlay or {}))
     parser.update({key.replace("#", "::"): value for key, value in overrides.items()})
-    bundle = Bundle(parser, [shipped, overlay or {}])
+    bundle = Bundle(parser, shipped, overlay or ())
     bundle.check()
     return bundle
 

@@ -102,8 +102,11 @@ ROWS: dict[str, tuple[Row, str]] = {
     "every part": (_settings(forget_fraction=1.0), "forget_fraction should lie between 0 and 1"),
     "negative part": (_settings(forget_fraction=-0.1), r"forget_fraction should lie between 0 and 1 .*-0\.1"),
     "part that is no number": (_settings(forget_fraction=float("nan")), "forget_fraction should lie .*nan"),
-    "all but none": (_settings(forget_fraction=0.9999), f"all {TRAIN} training images are to be forgotten"),
-    "everything": (_request("\n".join(map(str, range(TRAIN)))), f"all {TRAIN} training images are to be forgotten"),
+    "all but none": (_settings(forget_fraction=0.9999), f"all {TRAIN} images of the training data are to be forgotten"),
+    "everything": (
+        _request("\n".join(map(str, range(TRAIN)))),
+        f"all {TRAIN} images of the training data are to be forgotten",
+    ),
     "index too large": (_request(f"1\n{TRAIN}\n"), rf"should lie in \[0, {TRAIN - 1}\], but 1 of 2 do not"),
     "negative index": (_request("-1\n"), "should lie in .* but 1 of 1 do not"),
     "index twice": (_request("5\n6\n5\n"), "name each entry once"),
@@ -226,7 +229,7 @@ def test_an_unknown_patient_is_refused_without_being_named(
     (empty_workplace.folder / "request.txt").write_text(f"{PATIENTS[0]}\nNobody-77\n")
     with pytest.raises(RuntimeError) as caught:
         empty_workplace.unlearn(dataset_file=None, forget_patients="request.txt")
-    assert "name patients of the training data, but 1 of 2 are not in it" in messages(caught.value)
+    assert "match an image of the training data, but 1 of 2 match none" in messages(caught.value)
     printed = capfd.readouterr()
     assert "Nobody-77" not in messages(caught.value) + printed.out + printed.err
     assert not list((empty_workplace.folder / "runs").iterdir())

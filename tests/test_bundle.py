@@ -230,8 +230,7 @@ def test_the_retrain_bundles_trainer_follows_the_recipes_schedule(workplace: Wor
     bundle = checked_bundle("retrain", **TINY, dataset_file=str(workplace.data))
     trainer, methods = bundle.build("trainer", "methods")
     assert methods[0].lr_scheduler.optimizer is trainer.optimizer
-    assert bundle.config["optimizer"] == bundle.config["recipe"]["optimizer"]
-    assert bundle.config["lr_scheduler"] == {**bundle.config["recipe"]["lr_scheduler"], "optimizer": "@optimizer"}
+    assert bundle.config["optimizer"] == "@recipe::optimizer"
 
 
 def test_the_number_of_epochs_can_be_set_at_the_trainer(workplace: Workplace) -> None:

@@ -15,7 +15,7 @@ import monai_unlearn
 
 ROOT = Path(__file__).parents[1]
 # Import name → distribution, where they differ.
-DISTRIBUTION = {"ignite": "pytorch-ignite", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTION = {"PIL": "pillow", "ignite": "pytorch-ignite", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 tomllib = pytest.importorskip("tomllib", reason="tomllib is new in Python 3.11")
 

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from monai_unlearn.data.image_data import ImageData, LabeledImages
+from monai_unlearn.data.duplicates import equal_to, file_hashes, pixel_hashes
+from monai_unlearn.data.image_data import ImageData, ImageFiles, LabeledImages
+from monai_unlearn.data.request import (
+    DeletionRequest,
+    Selector,
+    hashed_order,
+    read_request,
+    resolve_request,
+)
 from monai_unlearn.forget_set import ForgetSet
 
 __all__ = ["Split", "make_split"]
 
 # The halves of the validation data never depend on the run's seed: what one run chose on, no other may report on.
 HALVING_SEED = 0
+OVERLAP = ("refuse", "drop", "keep")
+
+Evaluated = dict[str, tuple[LabeledImages | ImageFiles, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -25,14 +36,20 @@ class Split:
     """Positions of the images of each part, ascending.
 
     ``forget`` and ``retain`` are disjoint and cover the training images; ``selection`` and ``validation`` are
-    disjoint halves of the validation images; ``unit`` tells whether whole patients were drawn.
+    disjoint halves of the validation images; ``unit`` tells whether whole patients were drawn; ``request`` is what a
+    report says of the request; ``key`` is the secret of the hashes that stand for names, and ``key_is_kept`` tells
+    whether it is kept beside the request.
     """
 
     forget: np.ndarray
     retain: np.ndarray
     selection: np.ndarray
     validation: np.ndarray
+    test: np.ndarray
     unit: str
+    request: dict
+    key: str = field(repr=False)
+    key_is_kept: bool
 
     def forget_set(self) -> ForgetSet:
         """The forget set by the key ``index`` of this package's batches."""
@@ -42,22 +59,26 @@ class Split:
         """SHA-256 of who is to be forgotten."""
         return hashlib.sha256(",".join(map(str, self.forget)).encode()).hexdigest()
 
-    def as_hashes(self, data: ImageData, key: str) -> dict:
+    def as_hashes(self, data: ImageData) -> dict:
         """Size and keyed hash of each part, and of each forgotten image: to be written beside the results.
+
+        Whoever holds the key and the data can check who was forgotten, nobody else.
 
         Args:
             data: the data that was split.
-            key: secret of the hashes. Whoever holds it and the data can check who was forgotten, nobody else.
         """
-        images = {"forget": self.forget, "retain": self.retain}
-        sources = {name: (data.train, rows) for name, rows in images.items()}
-        sources["selection"] = (data.validation, self.selection)
-        sources["validation"] = (data.validation, self.validation)
-        sources["test"] = (data.test, np.arange(len(data.test)))
+        held_out = data.validation if data.test is None else data.test
+        sources = {
+            "forget": (data.train, self.forget),
+            "retain": (data.train, self.retain),
+            "selection": (data.validation, self.selection),
+            "validation": (data.validation, self.validation),
+            "test": (held_out, self.test),
+        }
         table: dict = {"unit": self.unit}
         for name, (source, rows) in sources.items():
-            hashes = [_image_hash(source, row, key) for row in rows]
-            table[name] = {"n": len(rows), "hash": _keyed_hash("".join(sorted(hashes)).encode(), key)}
+            hashes = [_keyed_hash(source.content(row), self.key) for row in rows]
+            table[name] = {"n": len(rows), "hash": _keyed_hash("".join(sorted(hashes)).encode(), self.key)}
             if name == "forget":
                 table[name]["images"] = hashes
         return table
@@ -69,6 +90,12 @@ def make_split(
     forget_fraction: float | None = 0.1,
     forget_indices: str | os.PathLike | None = None,
     forget_patients: str | os.PathLike | None = None,
+    forget_request: str | os.PathLike | None = None,
+    allow_partial: bool = False,
+    overlap: str = "refuse",
+    find_duplicates: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+    difficulty: np.ndarray | pd.DataFrame | None = None,
 ) -> Split:
     """Decide who is forgotten, and halve the validation data.
 
@@ -76,66 +103,157 @@ def make_split(
     reached; where the data has no patients it draws images. Order and halves come from SHA-256 of seed and
     name, so that the same seed gives the same split on every platform and with every version of NumPy.
 
+    Training images equal to a forgotten one follow it. Validation and test images equal to one are left out: a model
+    has seen them.
+
     Args:
         data: the data set.
         seed: seed of the draw.
-        forget_fraction: share of the training images, in (0, 1); used when neither file is given.
+        forget_fraction: share of the training images, in (0, 1); used when no file is given.
         forget_indices: text file with one position in the training images (from 0) a line.
         forget_patients: text file with one patient id a line.
+        forget_request: JSON or CSV file with a deletion request, see docs/requests.md.
+        allow_partial: go on when a part of the request matches nothing.
+        overlap: what to do when a forgotten patient also has validation or test images: ``"refuse"``, ``"drop"``
+            these images, or ``"keep"`` them.
+        find_duplicates: look for equal images among files too; among images in memory that is always done.
+        cache_dir: where the scan of files is kept for later runs.
+        difficulty: score of each training image, higher is harder, for a request that asks for the easiest or
+            hardest without a column of the data; or a frame of such scores, one column each.
 
     Raises:
-        ValueError: if nothing or everything would be forgotten, or a file names what is not there, or twice.
+        ValueError: if nothing or everything would be forgotten, a request names what is not there, or a forgotten
+            patient is in another split.
         FileNotFoundError: if a file does not exist.
     """
-    n = len(data.train)
-    patients = data.train.patients
-    if forget_indices is not None and forget_patients is not None:
-        raise ValueError("Give forget_indices or forget_patients, not both.")
-    if forget_indices is not None:
-        forget, unit = _read_indices(forget_indices, n), "image"
-    elif forget_patients is not None:
-        if patients is None:
-            raise ValueError(
-                f"forget_patients needs data with patients, but {data.name} has none. Use --forget_indices FILE."
-            )
-        forget, unit = _images_of(_read_patients(forget_patients, patients), patients), "patient"
+    if overlap not in OVERLAP:
+        raise ValueError(f"overlap should be one of {', '.join(OVERLAP)}, but got {overlap!r}.")
+    request = _request(data, seed, forget_fraction, forget_indices, forget_patients, forget_request)
+    index = data.train.index()
+    if difficulty is not None:
+        scores = difficulty if isinstance(difficulty, pd.DataFrame) else pd.DataFrame({"difficulty": difficulty})
+        index = index.assign(**{name: scores[name].to_numpy() for name in scores if name not in index})
+    resolution = resolve_request(request, index, allow_partial=allow_partial)
+    forget = resolution.positions
+
+    halves = dict(zip(("selection", "validation"), _halve(data.validation)))
+    evaluated = {name: (data.validation, rows) for name, rows in halves.items()}
+    if data.test is None:
+        evaluated["test"] = evaluated["validation"]
     else:
-        forget, unit = _draw_fraction(forget_fraction, n, patients, seed), "image" if patients is None else "patient"
-    if len(forget) == n:
+        evaluated["test"] = (data.test, np.arange(len(data.test)))
+
+    duplicates = None
+    if find_duplicates or isinstance(data.train, LabeledImages):
+        hashes = _hashes(data, cache_dir)
+        asked = len(forget)
+        forget = np.flatnonzero(equal_to(hashes["train"], hashes["train"][forget]))
+        duplicates = {"training": len(forget) - asked, "evaluation": 0}
+        for name, (part, rows) in evaluated.items():
+            own = hashes["test" if part is data.test else "validation"][rows]
+            seen = equal_to(own, hashes["train"][forget])
+            duplicates["evaluation"] += int(seen.sum()) if name != "test" or data.test is not None else 0
+            evaluated[name] = (part, rows[~seen])
+    if len(forget) == len(data.train):
         raise ValueError(
-            f"The retain set should hold at least one image, but all {n} training images are to be forgotten. "
-            "Train a new model on other data instead."
+            f"The retain set should hold at least one image, but all {len(forget)} images of the training data are "
+            "to be forgotten. Train a new model on other data instead."
         )
-    selection, validation = _halve(data.validation)
+    evaluated, shared = _without_overlap(data, forget, evaluated, overlap)
+    for name, (_, rows) in evaluated.items():
+        if len(rows) == 0:
+            raise ValueError(f"No image is left in the {name} set without the forgotten patients. Use more data.")
     return Split(
         forget=forget,
-        retain=np.setdiff1d(np.arange(n), forget),
-        selection=selection,
-        validation=validation,
-        unit=unit,
+        retain=np.setdiff1d(np.arange(len(data.train)), forget),
+        **{name: rows for name, (_, rows) in evaluated.items()},
+        unit=resolution.unit,
+        request={
+            "reference": request.reference,
+            **resolution.as_dict(),
+            "images": len(forget),
+            "duplicates": duplicates,
+            "allow_partial": allow_partial,
+            "overlap": shared,
+        },
+        key=request.key,
+        key_is_kept=request.key_is_kept,
     )
 
 
-def _order(names: np.ndarray, seed: int) -> np.ndarray:
-    """Positions of the names in a pseudo-random order that depends on nothing but the seed and the names."""
-    keys = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in names]
-    return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+def _request(
+    data: ImageData,
+    seed: int,
+    forget_fraction: float | None,
+    forget_indices: str | os.PathLike | None,
+    forget_patients: str | os.PathLike | None,
+    forget_request: str | os.PathLike | None,
+) -> DeletionRequest:
+    """The request of a file or of a shortcut."""
+    files = {
+        "forget_indices": forget_indices,
+        "forget_patients": forget_patients,
+        "forget_request": forget_request,
+    }
+    given = [name for name, file in files.items() if file is not None]
+    if len(given) > 1:
+        raise ValueError(f"Give {' or '.join(given)}, not both.")
+    if forget_request is not None:
+        return read_request(forget_request)
+    if forget_indices is not None:
+        selector = Selector("index", tuple(_read_indices(forget_indices, len(data.train))))
+    elif forget_patients is not None:
+        if data.train.patients is None:
+            raise ValueError(
+                f"forget_patients needs data with patients, but {data.name} has none. Use --forget_indices FILE."
+            )
+        selector = Selector("patient", tuple(_lines(forget_patients, "forget_patients")))
+    else:
+        fraction = forget_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+            raise ValueError(f"forget_fraction should lie between 0 and 1 (both excluded), but got {fraction!r}.")
+        selector = Selector("fraction", (fraction,), seed=seed)
+    return DeletionRequest(include=(selector,))
 
 
-def _draw_fraction(fraction: float | None, n: int, patients: np.ndarray | None, seed: int) -> np.ndarray:
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
-        raise ValueError(f"forget_fraction should lie between 0 and 1 (both excluded), but got {fraction!r}.")
-    wanted = math.ceil(fraction * n - 1e-9)
-    if patients is None:
-        return np.sort(_order(np.arange(n), seed)[:wanted])
-    names, counts = np.unique(patients, return_counts=True)
-    order = _order(names, seed)
-    n_patients = 1 + int(np.searchsorted(np.cumsum(counts[order]), wanted))
-    return _images_of(names[order[:n_patients]], patients)
+def _hashes(data: ImageData, cache_dir: str | os.PathLike | None) -> dict[str, np.ndarray]:
+    """A hash of the pixels of every image."""
+    parts = data.parts()
+    in_memory = {name: part.images for name, part in parts.items() if isinstance(part, LabeledImages)}
+    if in_memory:
+        return {name: pixel_hashes(images) for name, images in in_memory.items()}
+    paths = [path for part in parts.values() if isinstance(part, ImageFiles) for path in part.paths]
+    cache_file = None if cache_dir is None else Path(cache_dir) / "duplicates.npz"
+    ends = np.cumsum([len(part) for part in parts.values()])
+    return dict(zip(parts, np.split(file_hashes(paths, cache_file), ends[:-1])))
 
 
-def _images_of(names: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    return np.flatnonzero(np.isin(patients.astype(str), names.astype(str)))  # an id may be a number in the data
+def _without_overlap(
+    data: ImageData, forget: np.ndarray, evaluated: Evaluated, overlap: str
+) -> tuple[Evaluated, dict | None]:
+    """Refuse, drop or keep validation and test images of forgotten patients; and what a report says of that."""
+    if data.train.patients is None:
+        return evaluated, None
+    forgotten = np.unique(data.train.patients[forget].astype(str))
+    kept, images = dict(evaluated), 0
+    shared: set[str] = set()
+    for name, (part, rows) in evaluated.items():
+        if part.patients is None:
+            continue
+        patients = part.patients[rows].astype(str)
+        same = np.isin(patients, forgotten)
+        if name != "test" or data.test is not None:  # otherwise the validation half a second time
+            images += int(same.sum())
+        shared.update(patients[same])
+        if overlap == "drop":
+            kept[name] = (part, rows[~same])
+    if shared and overlap == "refuse":
+        raise ValueError(
+            f"{len(shared)} of the {len(forgotten)} patients to forget also have {images} validation or test images, "
+            "which are to show how a model does on people it never saw. Use --overlap drop to leave these images out "
+            "of the evaluation, or --overlap keep."
+        )
+    return kept, {"option": overlap, "patients": len(shared), "images": images}
 
 
 def _lines(file: str | os.PathLike, what: str) -> list[str]:
@@ -159,7 +277,7 @@ def _lines(file: str | os.PathLike, what: str) -> list[str]:
     return lines
 
 
-def _read_indices(file: str | os.PathLike, n: int) -> np.ndarray:
+def _read_indices(file: str | os.PathLike, n: int) -> list[int]:
     lines = _lines(file, "forget_indices")
     try:
         indices = np.array([int(line) for line in lines], dtype=np.int64)
@@ -176,21 +294,10 @@ def _read_indices(file: str | os.PathLike, n: int) -> np.ndarray:
     unique = np.unique(indices)
     if len(unique) < len(indices):
         raise ValueError(f"forget_indices should name each image once, but {len(indices) - len(unique)} repeat.")
-    return unique
+    return unique.tolist()
 
 
-def _read_patients(file: str | os.PathLike, patients: np.ndarray) -> np.ndarray:
-    names = np.array(_lines(file, "forget_patients"))
-    unknown = int((~np.isin(names, patients.astype(str))).sum())
-    if unknown:
-        raise ValueError(
-            f"forget_patients should name patients of the training data, but {unknown} of {len(names)} are not in it. "
-            "Check the spelling and the data set; ids are not shown to keep them out of logs."
-        )
-    return names
-
-
-def _halve(part: LabeledImages) -> tuple[np.ndarray, np.ndarray]:
+def _halve(part: LabeledImages | ImageFiles) -> tuple[np.ndarray, np.ndarray]:
     """Two halves with about the same share of each class; all images of a patient in one of them."""
     if len(part) < 2:
         raise ValueError(
@@ -199,12 +306,17 @@ def _halve(part: LabeledImages) -> tuple[np.ndarray, np.ndarray]:
         )
     names = np.arange(len(part)) if part.patients is None else part.patients
     unique, member = np.unique(names, return_inverse=True)
-    counts = np.zeros((len(unique), int(part.labels.max()) + 1), dtype=np.int64)
-    np.add.at(counts, (member, part.labels), 1)
+    if part.labels.ndim == 1:
+        rows = np.eye(int(part.labels.max()) + 1, dtype=np.int64)[part.labels]
+    else:  # findings, and the number of images
+        rows = np.column_stack([part.labels > 0.5, np.ones(len(part))]).astype(np.int64)
+    counts = np.zeros((len(unique), rows.shape[1]), dtype=np.int64)
+    np.add.at(counts, member, rows)
     totals = counts.sum(axis=0)
     # Each patient goes where its most unusual class is lacking most; large patients first, while there is room.
-    order = _order(unique, HALVING_SEED)
-    order = order[np.argsort(-counts[order].sum(axis=1), kind="stable")]
+    order = hashed_order(unique, HALVING_SEED)
+    images = np.bincount(member)
+    order = order[np.argsort(-images[order], kind="stable")]
     in_first = np.zeros(len(unique), dtype=bool)
     balance = np.zeros_like(totals)
     for patient in order:
@@ -218,10 +330,6 @@ def _halve(part: LabeledImages) -> tuple[np.ndarray, np.ndarray]:
     if selected.all() or not selected.any():
         raise ValueError("The validation data should come from at least two patients, but comes from one.")
     return np.flatnonzero(selected), np.flatnonzero(~selected)
-
-
-def _image_hash(part: LabeledImages, row: int, key: str) -> str:
-    return _keyed_hash(part.images[row].tobytes() + bytes(str(part.labels[row]), "ascii"), key)
 
 
 def _keyed_hash(content: bytes, key: str) -> str:

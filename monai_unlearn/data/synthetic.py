@@ -58,7 +58,9 @@ def synthetic_cells(seed: int = 0, images_per_patient: float = 5.0) -> ImageData
         name="synthetic cells",
         class_names=tuple(f"cell type {letter}" for letter in "ABCDEFGH"),
         embedded=True,
-        **splits,
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits["test"],
     )
 
 

@@ -3,5 +3,6 @@
 from monai_unlearn.handlers.cost_clock import CostClock
 from monai_unlearn.handlers.finite_loss import FiniteLoss
 from monai_unlearn.handlers.progress import Progress, on_terminal
+from monai_unlearn.handlers.sample_history import SampleHistory
 
-__all__ = ["CostClock", "FiniteLoss", "Progress", "on_terminal"]
+__all__ = ["CostClock", "FiniteLoss", "Progress", "SampleHistory", "on_terminal"]
