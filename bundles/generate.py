@@ -271,6 +271,32 @@ MULTI_LABEL = {
     },
 }
 
+# Added to somebody else's training bundle: --config_file "['THEIR/configs/train.yaml','overlay.json']".
+OVERLAY = {
+    "unlearning": {
+        "method": "saliency",
+        "forget_request": None,
+        "allow_partial": False,
+        "overlap": "refuse",
+        "original_checkpoint": None,
+        "network_key": None,
+        "reference": False,
+        "epochs": 5,
+        "lr": None,
+        "saliency_ratio": 0.5,
+        "batchnorm": "retain",
+        "seed": 0,
+        "trainer": None,
+        "evaluator": None,
+        "image_key": "image",
+        "label_key": "label",
+        "patient_key": None,
+        "output_dir": "runs/unlearned",
+    },
+    "unlearn": {"_target_": "monai_unlearn.overlay.unlearn", "settings": "@unlearning"},
+}
+CONFIGS["overlay"] = OVERLAY
+
 
 def write(folder: Path) -> None:
     """Write all configs into a folder."""

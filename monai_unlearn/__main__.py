@@ -1,10 +1,33 @@
-"""``python -m monai_unlearn``: what does not run a network; everything that does is a bundle."""
+"""``python -m monai_unlearn``: paths of the bundle configs, and unlearning in a training bundle of your own."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+HELP = {
+    "method": "random_labeling, saliency or retrain",
+    "forget_request": "JSON or CSV file that says who is to be forgotten (docs/requests.md)",
+    "allow_partial": "true goes on where a part of the request matches nothing",
+    "overlap": "refuse, drop or keep validation images of forgotten people",
+    "original_checkpoint": "the trained model; by default what the bundle's savers wrote, or models/model.pt",
+    "network_key": "key of the network in that file",
+    "reference": "true also trains a model without the forget set, by the bundle's own recipe",
+    "epochs": "passes over the training data",
+    "lr": "learning rate; by default the optimizer's own",
+    "saliency_ratio": "share of the weights that may change, in (0, 1]",
+    "batchnorm": "retain, frozen or plain",
+    "seed": "seed of the run",
+    "trainer": "key of the trainer; by default train::trainer or trainer",
+    "evaluator": "key of the evaluator; by default the ValidationHandler's",
+    "image_key": "key of the image in records and batches",
+    "label_key": "key of the label in batches",
+    "patient_key": "key of the patient's id in the records",
+    "output_dir": "folder to write; nothing of the bundle is changed",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,17 +39,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="print where a bundle config lies",
         description="Print the path of a bundle config, for `python -m monai.bundle run unlearn --config_file PATH`.",
     )
-    path.add_argument("name", help="train, retrain, random_labeling, saliency, …")
-    chosen = parser.parse_args(arguments)
-
-    from monai_unlearn.bundle import bundle_path  # only now: --help should not wait for PyTorch
-
+    path.add_argument("name", help="train, retrain, random_labeling, saliency, overlay, …")
+    bundle = commands.add_parser(
+        "bundle",
+        help="carry out a deletion request in a training bundle of your own",
+        description="Carry out a deletion request in a MONAI training bundle, of which nothing is changed. Further "
+        "options such as --dataset_dir DIR or --train::trainer::amp false override the bundle's config.",
+    )
+    bundle.add_argument("root", type=Path, help="the bundle's folder, with configs/train.json or .yaml")
+    bundle.add_argument("--config_file", help="its training config, if it is another")
+    for name, text in HELP.items():
+        bundle.add_argument(f"--{name}", help=text, required=name == "forget_request")
+    chosen, further = parser.parse_known_args(arguments)
+    if further and chosen.command != "bundle":
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
     try:
-        print(bundle_path(chosen.name))
-    except ValueError as error:
-        print(error, file=sys.stderr)
+        if chosen.command == "path":
+            from monai_unlearn.bundle import bundle_path  # only now: --help should not wait for PyTorch
+
+            print(bundle_path(chosen.name))
+        else:
+            _unlearn(chosen, _overrides(further))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"monai_unlearn: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _unlearn(chosen: argparse.Namespace, overrides: dict[str, object]) -> None:
+    root = chosen.root.resolve()
+    config = _config_of(root) if chosen.config_file is None else Path(chosen.config_file)
+    settings = ((name, getattr(chosen, name)) for name in HELP)
+    overrides |= {f"unlearning::{name}": _value(value) for name, value in settings if value is not None}
+    from monai.bundle import run
+
+    from monai_unlearn.bundle import bundle_path, unwrapped
+
+    sys.path.insert(0, str(root))  # where a bundle's configs import their `scripts` from
+    metadata, logging = (config.with_name(name) for name in ("metadata.json", "logging.conf"))
+    try:
+        run(
+            run_id="unlearn",
+            config_file=[str(config), str(bundle_path("overlay"))],
+            meta_file=str(metadata) if metadata.is_file() else None,
+            logging_file=str(logging) if logging.is_file() else None,
+            bundle_root=str(root),
+            **overrides,  # type: ignore[arg-type]
+        )
+    except RuntimeError as error:
+        raised = unwrapped(error)
+        raise raised from raised.__cause__
+
+
+def _config_of(root: Path) -> Path:
+    places = [root / "configs" / f"train.{ending}" for ending in ("json", "yaml", "yml")]
+    for place in places:
+        if place.is_file():
+            return place
+    there = sorted(path.name for path in (root / "configs").glob("*.*")) if root.is_dir() else []
+    raise FileNotFoundError(
+        f"There is no {' or '.join(str(place.relative_to(root)) for place in places)} in {root}. Name the training "
+        f"config with --config_file FILE; there are: {', '.join(there) or 'none'}."
+    )
+
+
+def _overrides(arguments: Sequence[str]) -> dict[str, object]:
+    """``--key value`` pairs for the bundle's own config."""
+    names, values = list(arguments[::2]), list(arguments[1::2])
+    wrong = next((name for name in names if not name.startswith("--")), None)
+    if wrong is not None or len(names) != len(values):
+        raise ValueError(f"Overrides of the bundle should be pairs of --key value, but {wrong or names[-1]!r} is none.")
+    return {name[2:]: _value(value) for name, value in zip(names, values)}
+
+
+def _value(text: str) -> object:
+    """A number, list or dict where the text is one, as MONAI's own command reads it."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 if __name__ == "__main__":

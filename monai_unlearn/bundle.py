@@ -21,7 +21,17 @@ import torch
 from monai.bundle import ComponentLocator, ConfigParser, ConfigWorkflow
 from monai.utils import ensure_tuple
 
-__all__ = ["Bundle", "bundle_path", "device_of", "readable_errors"]
+__all__ = [
+    "Bundle",
+    "bundle_path",
+    "components",
+    "device_of",
+    "hint",
+    "readable_errors",
+    "running_workflow",
+    "typed",
+    "unwrapped",
+]
 
 # Keys that a bundle may have beside those of its file, given by MONAI's own command.
 COMMON_KEYS = {"bundle_root", "workflow_type", "_meta_", "_requires_"}
@@ -42,7 +52,7 @@ def bundle_path(name: str) -> Path:
     folder = _bundle_folder()
     names = sorted(file.stem for file in folder.glob("*.json") if file.stem != "metadata")
     if name not in names:
-        raise ValueError(f"There is no bundle {name!r}.{_hint(name, names)} There are: {', '.join(names)}.")
+        raise ValueError(f"There is no bundle {name!r}.{hint(name, names)} There are: {', '.join(names)}.")
     return folder / f"{name}.json"
 
 
@@ -87,21 +97,11 @@ class Bundle:
     def running(cls) -> Bundle:
         """The bundle that MONAI's ``ConfigWorkflow`` is running, with its settings checked and typed.
 
-        A config has no way to reach the workflow that reads it but the call stack.
-
         Raises:
             RuntimeError: if none is running.
             ValueError: if a key is misspelt or a setting has the wrong type.
         """
-        workflow, files = None, None
-        for frame in _frames():
-            if workflow is None and isinstance(frame.f_locals.get("self"), ConfigWorkflow):
-                workflow = frame.f_locals["self"]
-            if workflow is not None and frame.f_locals.get("config_file"):
-                files = ensure_tuple(frame.f_locals["config_file"])
-                break
-        if workflow is None:
-            raise RuntimeError("No bundle is running. Start it with `python -m monai.bundle run`.")
+        workflow, files = running_workflow()
         with readable_errors():
             bundle = cls._of(workflow, files)
             bundle.check()
@@ -138,11 +138,11 @@ class Bundle:
         for key in self.config:
             if key in base or key in COMMON_KEYS or (key in self._added and f"@{key}" in text):
                 continue
-            raise ValueError(f"There is no setting {key!r}.{_hint(key, base)} Settings: {', '.join(self._settings())}.")
-        for path, component in _components(self.config):
+            raise ValueError(f"There is no setting {key!r}.{hint(key, base)} Settings: {', '.join(self._settings())}.")
+        for path, component in components(self.config):
             _check_arguments(path, component)
         for key in self._settings():
-            self.config[key] = _typed(key, self.config[key], base[key])
+            self.config[key] = typed(key, self.config[key], base[key])
 
     def _settings(self) -> list[str]:
         """The top-level keys that hold a plain value: what a user sets on the command line."""
@@ -157,7 +157,7 @@ class Bundle:
         values = {key: self.config[key] for key in self._settings()}
         for key, value in values.items():
             if _is_expression(value):
-                values[key] = _typed(key, self.build(key), self._shipped[key])
+                values[key] = typed(key, self.build(key), self._shipped[key])
         return values
 
     def share(self, **objects: Any) -> None:
@@ -183,7 +183,7 @@ class Bundle:
         try:
             built = tuple(parser.get_parsed_content(id) for id in ids)
         except Exception as error:
-            raised = _unwrapped(error)
+            raised = unwrapped(error)
             raise raised from raised.__cause__
         return built[0] if len(built) == 1 else built
 
@@ -213,6 +213,25 @@ class Bundle:
         return found
 
 
+def running_workflow() -> tuple[ConfigWorkflow, Sequence[str] | None]:
+    """The workflow that MONAI is running, and its config files where it was started with ``monai.bundle run``.
+
+    A config has no way to reach the workflow that reads it but the call stack.
+
+    Raises:
+        RuntimeError: if none is running.
+    """
+    workflow = None
+    for frame in _frames():
+        if workflow is None and isinstance(frame.f_locals.get("self"), ConfigWorkflow):
+            workflow = frame.f_locals["self"]
+        if workflow is not None and frame.f_locals.get("config_file"):
+            return workflow, ensure_tuple(frame.f_locals["config_file"])
+    if workflow is None:
+        raise RuntimeError("No bundle is running. Start it with `python -m monai.bundle run`.")
+    return workflow, None
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Under ``python -m monai.bundle``, end on what the user can mend with its message instead of a traceback.
@@ -228,7 +247,7 @@ def readable_errors() -> Iterator[None]:
         raise SystemExit(f"\nmonai_unlearn: {error}") from error
 
 
-def _unwrapped(error: BaseException) -> BaseException:
+def unwrapped(error: BaseException) -> BaseException:
     """What a component raised, out of the errors in which MONAI wraps it; its own cause stays with it."""
     while (
         type(error) is RuntimeError
@@ -246,7 +265,8 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _hint(key: str, known: Iterable[str]) -> str:
+def hint(key: str, known: Iterable[str]) -> str:
+    """The nearest of the known names as the end of a message, or nothing."""
     nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
@@ -255,7 +275,7 @@ def _is_expression(value: Any) -> bool:
     return isinstance(value, str) and value.startswith(("$", "@", "%"))
 
 
-def _components(config: Any, path: str = "") -> Iterator[tuple[str, dict]]:
+def components(config: Any, path: str = "") -> Iterator[tuple[str, dict]]:
     """Every component of a config with its id."""
     if isinstance(config, dict):
         if "_target_" in config:
@@ -266,7 +286,7 @@ def _components(config: Any, path: str = "") -> Iterator[tuple[str, dict]]:
     else:
         return
     for key, value in items:
-        yield from _components(value, f"{path}::{key}" if path else str(key))
+        yield from components(value, f"{path}::{key}" if path else str(key))
 
 
 def _check_arguments(path: str, component: dict) -> None:
@@ -287,13 +307,16 @@ def _check_arguments(path: str, component: dict) -> None:
     for key in component:
         if key not in parameters and not (key.startswith("_") and key.endswith("_")):
             raise ValueError(
-                f"{path} ({target}) has no argument {key!r}.{_hint(key, parameters)} "
-                f"Arguments: {', '.join(parameters)}."
+                f"{path} ({target}) has no argument {key!r}.{hint(key, parameters)} Arguments: {', '.join(parameters)}."
             )
 
 
-def _typed(key: str, value: Any, shipped: Any) -> Any:
-    """A setting from the command line as the type that it has in the config."""
+def typed(key: str, value: Any, shipped: Any) -> Any:
+    """A setting from the command line as the type that it has in the config.
+
+    Raises:
+        ValueError: if it is of another.
+    """
     if _is_expression(value):
         return value
     if isinstance(shipped, bool):

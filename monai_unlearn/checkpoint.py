@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from monai.handlers import MetricLoggerKeys
 from torch import nn
 
 __all__ = ["Checkpoint", "file_hash", "load_checkpoint", "save_atomically"]
 
 # Where a checkpoint that is a dict of dicts keeps the network, in the order in which they are tried.
 NETWORK_KEYS = ("model", "network", "net", "state_dict")
+# What the state of MONAI's MetricLogger holds, which many training bundles keep beside the network.
+HARMLESS: list = [defaultdict, list, MetricLoggerKeys]
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def load_checkpoint(path: str | os.PathLike, key: str | None = None) -> Checkpoi
     if not file.is_file():
         raise FileNotFoundError(f"The checkpoint {str(path)!r} does not exist. Check the path.")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(HARMLESS):
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "eights_only" in str(error) and "GLOBAL" in str(error).upper():
             raise ValueError(

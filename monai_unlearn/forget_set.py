@@ -10,7 +10,7 @@ import torch
 from monai.transforms import Compose, RandomizableTrait, Transform
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
 
-__all__ = ["ForgetSet"]
+__all__ = ["ForgetSet", "records_of", "without_random"]
 
 
 class ForgetSet:
@@ -122,7 +122,7 @@ class ForgetSet:
             ValueError: if there are no records, none or only some of the ids are among them, all of them are to be
                 forgotten, or a file name is ambiguous.
         """
-        records = _records(dataset)
+        records = records_of(dataset)
         if records is None:
             raise ValueError(
                 f"The forget samples can't be found in a {type(dataset).__name__}, which has no records in `.data`. "
@@ -162,7 +162,7 @@ class ForgetSet:
             ValueError: as ``positions``.
         """
         dataset = getattr(loader, "dataset", None)
-        records = None if dataset is None or self._ids is None else _records(dataset)
+        records = None if dataset is None or self._ids is None else records_of(dataset)
         if (
             dataset is not None
             and records is not None
@@ -179,7 +179,7 @@ class ForgetSet:
         """
         loader = _rebuildable(loader)
         dataset = loader.dataset
-        part = Subset(_without_random(dataset), self.positions(dataset))
+        part = Subset(without_random(dataset), self.positions(dataset))
         return _rebuilt(loader, part, shuffle=False, generator=torch.Generator())  # not the one of the training's order
 
     def retain_loader(
@@ -205,7 +205,7 @@ class ForgetSet:
             order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))
             retain = [retain[i] for i in sorted(order[:limit].tolist())]
         if not training:
-            part = Subset(_without_random(dataset), retain)
+            part = Subset(without_random(dataset), retain)
             return _rebuilt(loader, part, shuffle=False, generator=torch.Generator())
         sampler: Any = loader.sampler
         shuffle = isinstance(sampler, RandomSampler)
@@ -264,18 +264,23 @@ def _parts(path: str) -> tuple[str, ...]:
     return PurePath(path).parts or (path,)
 
 
-def _records(dataset: Dataset) -> Sequence | None:
+def records_of(dataset: Dataset) -> Sequence | None:
+    """The records of one of MONAI's data sets, or of a ``Subset`` of one; None where there are none."""
     if isinstance(dataset, Subset):
-        inner = _records(dataset.dataset)
+        inner = records_of(dataset.dataset)
         return None if inner is None else [inner[i] for i in dataset.indices]
     records = getattr(dataset, "data", None)
     return records if isinstance(records, Sequence) and not isinstance(records, (str, bytes)) else None
 
 
-def _without_random(dataset: Any) -> Dataset:
-    """The same samples without random transforms and without touching the data set's caches."""
+def without_random(dataset: Any) -> Dataset:
+    """The same samples without random transforms and without touching the data set's caches.
+
+    Raises:
+        ValueError: if random transforms can't be told from the others.
+    """
     if isinstance(dataset, Subset):
-        return Subset(_without_random(dataset.dataset), dataset.indices)
+        return Subset(without_random(dataset.dataset), dataset.indices)
     if hasattr(dataset, "without_random"):
         return dataset.without_random()
     from monai.data import Dataset as MonaiDataset

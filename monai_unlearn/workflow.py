@@ -18,16 +18,16 @@ from torch.utils.data import DataLoader, Subset
 from monai_unlearn.bundle import Bundle, device_of, readable_errors
 from monai_unlearn.checkpoint import Checkpoint, file_hash, load_checkpoint, save_atomically
 from monai_unlearn.cost import Cost
-from monai_unlearn.data import ImageData, ImageFiles, LabeledImages, Split, read_request
+from monai_unlearn.data import ImageData, ImageFiles, LabeledImages, Split, people, read_request
 from monai_unlearn.evaluation import SplitResult, evaluate
-from monai_unlearn.handlers import on_terminal
+from monai_unlearn.handlers import SCORES, on_terminal, read_history
 from monai_unlearn.metrics import attack_auc, attack_auc_interval
 from monai_unlearn.output import check_output_dir, replaced_folder, write_json
 from monai_unlearn.provenance import machine, versions
 from monai_unlearn.report import build_report, percent, render_html, terminal_table
 from monai_unlearn.training import HISTORY, find_model, run_trainer, train_model
 
-__all__ = ["train", "unlearn"]
+__all__ = ["refuse_near_chance", "train", "unlearn"]
 
 logger = logging.getLogger("monai_unlearn")
 
@@ -64,7 +64,7 @@ class _Run:
             data.num_classes,
             "findings" if data.multi_label else "classes",
             len(data.train),
-            "" if patients is None else f" of {len(np.unique(patients.astype(str)))} patients",
+            "" if patients is None else f" of {len(np.unique(people(patients)))} patients",
         )
         run = cls(bundle, bundle.settings(), data, data.digest(), device)
         bundle.share(difficulty=_difficulty(run))
@@ -171,7 +171,7 @@ def _unlearn_into(folder: Path, run: _Run) -> tuple[dict, dict]:
         ProgressBar(desc="evaluation").attach(evaluator)
     checkpoint.load_into(network)
     results = {"original": run.evaluate(evaluator, network, loaders)}
-    _refuse_near_chance(results["original"], run.data, original_path)
+    refuse_near_chance(results["original"], run.data.num_classes, run.data.multi_label, original_path)
 
     reference = None
     if settings["reference"]:
@@ -265,11 +265,27 @@ def _difficulty(run: _Run) -> pd.DataFrame | None:
     """Scores that the request asks for and the data does not have: recorded in training, or from the original model."""
     file = run.settings.get("forget_request")
     wanted = set() if file is None else read_request(file).score_columns - set(run.data.train.index())
+    unknown = sorted(wanted - {"difficulty", *SCORES})
+    if unknown:
+        raise ValueError(
+            f"The request should go by a score that there is, but goes by {', '.join(unknown)}. The data has no such "
+            f"column; without one there are difficulty, {', '.join(SCORES)} (see docs/difficulty.md)."
+        )
     if not wanted:
         return None
     path, checkpoint = _original(run)
-    history = path.parent / HISTORY
-    scores = pd.read_csv(history) if history.is_file() else pd.DataFrame(index=range(len(run.data.train)))
+    n = len(run.data.train)
+    scores = pd.DataFrame(index=range(n))
+    recorded = sorted(wanted - {"difficulty"})
+    if recorded:
+        history = path.parent / HISTORY
+        if not history.is_file():
+            raise ValueError(
+                f"The request goes by {', '.join(recorded)}, which the training of the original model records, but no "
+                f"{HISTORY} lies beside {path.name}. Train the original with bundles/train.json, or take the score "
+                "difficulty."
+            )
+        scores[recorded] = read_history(history, n)[recorded]
     if "difficulty" in wanted:
         evaluator, network = run.bundle.build("evaluator", "network")
         checkpoint.load_into(network)
@@ -297,16 +313,26 @@ def _check_network(network: torch.nn.Module, image: torch.Tensor, num_classes: i
         )
 
 
-def _refuse_near_chance(original: dict[str, SplitResult], data: ImageData, path: Path) -> None:
-    """An original that knows nothing of its own training data was loaded or fed wrongly."""
-    figure, chance = ("auroc", 0.5) if data.multi_label else ("balanced_accuracy", 1 / data.num_classes)
+def refuse_near_chance(original: dict[str, SplitResult], num_classes: int, multi_label: bool, path: Path) -> None:
+    """Refuse an original that knows nothing of its own training data: it was loaded or fed wrongly.
+
+    Args:
+        original: its figures, ``forget`` and ``retain`` among them.
+        num_classes: number of classes, or findings.
+        multi_label: whether they are findings.
+        path: its file.
+
+    Raises:
+        ValueError: if it is near chance.
+    """
+    figure, chance = ("auroc", 0.5) if multi_label else ("balanced_accuracy", 1 / num_classes)
     values = [getattr(original[name], figure) for name in ("forget", "retain")]
     best = max((value for value in values if value is not None), default=1.0)
     if best < chance + NEAR_CHANCE * (1 - chance):
         raise ValueError(
             f"The original model {path.name} has a {figure.replace('_', ' ').replace('auroc', 'mean AUROC')} of "
             f"{best:.3f} on its own training data, near the chance of {chance:.3f}. Check that the images are scaled "
-            "as in its training (--image_range), that the labels have the same order, and that the checkpoint is the "
+            "as in its training, that the labels have the same order, and that the checkpoint is the "
             "trained one."
         )
 
@@ -317,8 +343,8 @@ def _attack(splits: dict[str, SplitResult], run: _Run) -> dict[str, float]:
     low, high = attack_auc_interval(
         members,
         others,
-        None if train is None else train[run.split.forget],
-        None if validation is None else validation[run.split.validation],
+        None if train is None else people(train[run.split.forget]),
+        None if validation is None else people(validation[run.split.validation]),
         seed=run.settings["seed"],
     )
     return {"auc": attack_auc(members, others), "low": low, "high": high}

@@ -32,6 +32,27 @@ def _request(text: str, key: str = "forget_indices") -> Row:
     return prepare
 
 
+def _json(request: Any, **settings: Any) -> Row:
+    """A deletion request, with the key that an earlier run has left beside it."""
+
+    def prepare(workplace: Workplace) -> dict[str, Any]:
+        text = request if isinstance(request, str) else json.dumps(request)
+        (workplace.folder / "request.json").write_text(text)
+        (workplace.folder / "request.json.key").write_text("0123456789abcdef" * 4)
+        return {"forget_request": "request.json", **settings}
+
+    return prepare
+
+
+def _damaged_key(workplace: Workplace) -> dict[str, Any]:
+    (workplace.folder / "request.json.key").write_text("not a key")
+    return {}
+
+
+def _include(selector: Any, **settings: Any) -> Row:
+    return _json({"include": [selector]}, **settings)
+
+
 def _data(**changes: Any) -> Row:
     """A data file with other arrays; None leaves one out."""
 
@@ -116,6 +137,39 @@ ROWS: dict[str, tuple[Row, str]] = {
     "both kinds of request": (
         _settings(forget_indices="a.txt", forget_patients="b.txt"),
         "forget_indices or forget_patients, not both",
+    ),
+    # The request in JSON
+    "no such JSON request": (_settings(forget_request="no.json"), "The request should be an existing file.*'no.json'"),
+    "request of another kind": (_settings(forget_request="tiny.npz"), "should be a .json or .csv file, but got '.npz'"),
+    "request that is no JSON": (_json('{"include": ['), r"The request should be JSON, but line 1, column \d+ is not"),
+    "request of nothing": (_json({}), "The request should be .*include"),
+    "request of no selector": (_json({"include": []}), "include should be .*but got an empty one"),
+    "request of no value": (_include({"index": []}), r"include\[0\].index should be .* but got an empty one"),
+    "misspelt key": (_json({"includes": [{"index": 1}]}), "should have no keys but .* Did you mean 'include'?"),
+    "misspelt selector": (_include({"idnex": 1}), r"include\[0\] should have no keys but .* Did you mean 'index'?"),
+    "value of another type": (_include({"index": "three"}), r"include\[0\].index .*should be .* but got text"),
+    "request that matches nothing": (_include({"index": [400, 500]}), "2 of 2 match none.*Nothing to forget"),
+    "request that matches in part": (
+        _include({"index": [3, 500]}),
+        r"1 of 2 match none: include\[0\] entry 2 \(index [0-9a-f]{12}\).*--allow_partial true",
+    ),
+    "request that matches nothing, in part": (_include({"index": 500}, allow_partial=True), "Nothing to forget"),
+    "request for everything": (_include({"index": list(range(TRAIN))}), f"all {TRAIN} images of the training data"),
+    "request that excludes all": (
+        _json({"include": [{"index": [1, 2]}], "exclude": [{"index": [1, 2]}]}),
+        "exclude takes off all 2 that include selects",
+    ),
+    "rule that does not parse": (_include({"rule": "sex == "}), r"include\[0\] entry 1 .*should"),
+    "rule on no column": (_include({"rule": 'sex == "F"'}), r"include\[0\] entry 1 should name columns of the data"),
+    "ids for data without": (_include({"study": "1.2.3"}), r"include\[0\] needs a column 'study', but .* has none"),
+    "patients asked for": (_json({"unit": "patient", "include": [{"index": 1}]}), "has no column 'patient'"),
+    "score that is nowhere": (_include({"hardest": 10, "score": "mean_los"}), "goes by mean_los. The data has no such"),
+    "more than all hardest": (_include({"hardest": 110}), r"include\[0\].hardest should be .* but got 110"),
+    "request and shortcut": (_include({"index": 1}, forget_indices="a"), "forget_indices or forget_request, not both"),
+    "no such overlap": (_settings(overlap="ignore"), "overlap should be one of refuse, drop, keep, but got 'ignore'"),
+    "damaged key": (
+        lambda workplace: {**_include({"index": 1})(workplace), **_damaged_key(workplace)},
+        "'request.json.key' beside the request should hold 64 hexadecimal digits",
     ),
     # The data
     "no such data": (_settings(dataset_file="nowhere.npz"), "existing .npz file.*'nowhere.npz'.*--download"),

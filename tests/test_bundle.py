@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundle_runs import CONFIGS, METHODS, TINY, TRAIN, Workplace, checked_bundle, messages
+from bundle_runs import CONFIGS, METHODS, PARTS, TINY, TRAIN, Workplace, checked_bundle, messages
 from monai.bundle import ComponentLocator, ConfigParser, ckpt_export
 
 import monai_unlearn
@@ -32,13 +32,13 @@ BUNDLES = Path(__file__).parents[1] / "bundles"
 def test_configs_are_what_the_generator_gives(tmp_path: Path) -> None:
     runpy.run_path(str(BUNDLES / "generate.py"))["write"](tmp_path)
     made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    assert set(made) == {f"{name}.json" for name in CONFIGS}
+    assert set(made) == {f"{name}.json" for name in (*CONFIGS, *PARTS)}
     for name, content in made.items():
         assert (BUNDLES / name).read_bytes() == content, f"{name}: run `python bundles/generate.py`"
 
 
 def test_every_config_beside_the_metadata_is_generated() -> None:
-    assert {file.stem for file in BUNDLES.glob("*.json")} == {*CONFIGS, "metadata"}
+    assert {file.stem for file in BUNDLES.glob("*.json")} == {*CONFIGS, *PARTS, "metadata"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -7,7 +7,7 @@ from monai_unlearn.data.image_files import FileImages, GreyImage, file_dataset, 
 from monai_unlearn.data.load import load_data
 from monai_unlearn.data.medmnist import download_medmnist, read_medmnist
 from monai_unlearn.data.request import DeletionRequest, Resolution, Selector, read_request, resolve_request
-from monai_unlearn.data.splits import Split, make_split
+from monai_unlearn.data.splits import Split, make_split, people
 from monai_unlearn.data.synthetic import synthetic_cells
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "load_data",
     "make_loader",
     "make_split",
+    "people",
     "read_chexpert",
     "read_medmnist",
     "read_request",

@@ -21,6 +21,7 @@ logger = logging.getLogger("monai_unlearn")
 
 # 128 bits as two whole numbers, which NumPy sorts and compares; bytes would lose zeros at their end.
 HASH = np.dtype([("high", "<u8"), ("low", "<u8")])
+SIZE = HASH.itemsize
 THREADS = 8
 SAVE_EVERY = 20_000
 
@@ -29,12 +30,13 @@ def pixel_hashes(images: np.ndarray) -> np.ndarray:
     """Hash of each image in memory.
 
     Args:
-        images: N × H × W or N × H × W × C.
+        images: N × H × W or N × H × W × C, finite.
 
     Returns:
         N hashes of 128 bits; two are equal where the pixels are.
     """
-    rows = np.ascontiguousarray(images)
+    floating = np.issubdtype(images.dtype, np.floating)
+    rows = (np.ascontiguousarray(image + 0 if floating else image) for image in images)  # −0 + 0 is 0, which it equals
     return _as_hashes([_digest(row.data) for row in rows])
 
 
@@ -43,17 +45,18 @@ def file_hashes(
 ) -> np.ndarray:
     """Hash of the decoded pixels of each file, with a progress bar on a terminal.
 
-    Files that are equal in bytes are decoded once. What was scanned is kept in ``cache_file`` under a hash of path,
-    size and time of change, so that a later scan decodes new and changed files only. The cache holds no name, but
-    hashes of images: it is readable by its owner alone.
+    Pixels are equal where shape and values are, whatever the file's format and the values' type. Files that are equal
+    in bytes are decoded once. What was scanned is kept in ``cache_file`` under a hash of path, size and time of change,
+    so that a later scan decodes new and changed files only. The cache holds no name, but hashes of images: it is
+    readable by its owner alone.
 
     Args:
-        paths: the files.
+        paths: the files; a folder is an image of several files.
         cache_file: where to keep the hashes; None keeps nothing.
         read_pixels: function that reads a file; by default MONAI's ``LoadImage``.
 
     Returns:
-        As ``pixel_hashes``.
+        As ``pixel_hashes``; comparable with one another only.
 
     Raises:
         ValueError: if files can't be read; how many, not which.
@@ -64,33 +67,30 @@ def file_hashes(
     known = {} if cache_file is None else _read_cache(cache_file)
     missing = [i for i, key in enumerate(keys) if key not in known]
     decoded: dict[bytes, bytes] = {}
-    unreadable = 0
 
     def scan(position: int) -> bytes | None:
+        path = paths[position]
         try:
-            content = _digest(Path(paths[position]).read_bytes()) if os.path.isfile(paths[position]) else keys[position]
+            content = keys[position] if os.path.isdir(path) else _digest(Path(path).read_bytes())
             if content not in decoded:
-                pixels = np.ascontiguousarray(read(paths[position]))
-                decoded[content] = _digest(pixels.data, f"{pixels.shape}{pixels.dtype.str}".encode())
+                decoded[content] = _pixel_digest(np.asarray(read(path)))
             return decoded[content]
         except Exception:  # whatever a reader trips over; its message would name the file
             return None
 
-    try:
-        with ThreadPoolExecutor(THREADS) as pool:
-            bar = tqdm(total=len(missing), desc="looking for duplicates", disable=not sys.stderr.isatty())
-            for done, (position, digest) in enumerate(zip(missing, pool.map(scan, missing)), 1):
+    unreadable = 0
+    bar = tqdm(total=len(missing), desc="looking for duplicates", disable=not sys.stderr.isatty())
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(missing), SAVE_EVERY):
+            part = missing[start : start + SAVE_EVERY]
+            for position, digest in zip(part, pool.map(scan, part)):
                 bar.update()
                 if digest is None:
                     unreadable += 1
                 else:
                     known[keys[position]] = digest
-                if cache_file is not None and done % SAVE_EVERY == 0:
-                    _write_cache(cache_file, known)
-            bar.close()
-    finally:
-        if cache_file is not None and missing:
-            _write_cache(cache_file, known)
+            if cache_file is not None:
+                _write_cache(cache_file, known)
     if unreadable:
         raise ValueError(
             f"{unreadable} of {len(paths)} image files could not be read in the search for duplicates. "
@@ -115,9 +115,15 @@ def equal_to(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return equal
 
 
-def _digest(content: bytes | memoryview, prefix: bytes = b"") -> bytes:
-    sha = hashlib.blake2b(prefix, digest_size=16)
-    sha.update(content)
+def _digest(content: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(content, digest_size=SIZE).digest()
+
+
+def _pixel_digest(pixels: np.ndarray) -> bytes:
+    """Hash of shape and values: 8 bits and 16 bits may hold the same image, so all count as float64."""
+    sha = hashlib.blake2b(str(pixels.shape).encode(), digest_size=SIZE)
+    for row in pixels:  # piece by piece: a whole volume as float64 may be large
+        sha.update((np.ascontiguousarray(row, dtype=np.float64) + 0).data)
     return sha.digest()
 
 
@@ -126,33 +132,35 @@ def _as_hashes(digests: Sequence[bytes]) -> np.ndarray:
 
 
 def _key(path: str) -> bytes:
+    """Hash of path, size and time of change; of a folder, of all files in it."""
     try:
-        status = os.stat(path)
+        files = sorted(entry.path for entry in os.scandir(path)) if os.path.isdir(path) else [path]
+        status = [(os.path.abspath(file), os.stat(file)) for file in files]
     except OSError as error:
         raise ValueError(f"An image file can't be read ({error.strerror}). Repair or remove it.") from None
-    return _digest(f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+    return _digest("\0".join(f"{name}\0{s.st_size}\0{s.st_mtime_ns}" for name, s in status).encode())
 
 
 def _read_cache(file: Path) -> dict[bytes, bytes]:
+    """What an earlier scan has kept: a hash of all that follows, then pairs of key and hash."""
     try:
-        pairs = np.load(file, allow_pickle=False)
-        if pairs.dtype != np.uint8 or pairs.ndim != 2 or pairs.shape[1] != 32:
-            raise ValueError("another file")
+        content = file.read_bytes()
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, EOFError):
-        logger.warning("The cache of the search for duplicates is damaged and is made anew.")
+    pairs = content[SIZE:]
+    if _digest(pairs) != content[:SIZE] or len(pairs) % (2 * SIZE):
+        logger.warning("What an earlier search for duplicates has kept is damaged: searching anew.")
         return {}
-    return {row[:16].tobytes(): row[16:].tobytes() for row in pairs}
+    return {pairs[i : i + SIZE]: pairs[i + SIZE : i + 2 * SIZE] for i in range(0, len(pairs), 2 * SIZE)}
 
 
 def _write_cache(file: Path, known: dict[bytes, bytes]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    pairs = np.frombuffer(b"".join(key + value for key, value in known.items()), dtype=np.uint8).reshape(-1, 32)
+    pairs = b"".join(key + value for key, value in known.items())
     handle, unfinished = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.part-")  # mode 0600
     try:
         with os.fdopen(handle, "wb") as stream:
-            np.save(stream, pairs)
+            stream.write(_digest(pairs) + pairs)
         os.replace(unfinished, file)
     finally:
         Path(unfinished).unlink(missing_ok=True)

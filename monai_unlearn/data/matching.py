@@ -131,7 +131,7 @@ def normal_path(path: str) -> str:
 
 def _pattern(glob: str) -> str:
     parts = glob.split("/")
-    pattern = "" if parts[0] in ("", "**") else "(?:.*/)?"
+    pattern = {"": "", "**": "/?"}.get(parts[0], "(?:.*/)?")  # a path may be absolute
     for i, part in enumerate(parts):
         final = i == len(parts) - 1
         if part == "**":

@@ -13,16 +13,11 @@ import pandas as pd
 
 from monai_unlearn.data.duplicates import equal_to, file_hashes, pixel_hashes
 from monai_unlearn.data.image_data import ImageData, ImageFiles, LabeledImages
-from monai_unlearn.data.request import (
-    DeletionRequest,
-    Selector,
-    hashed_order,
-    read_request,
-    resolve_request,
-)
+from monai_unlearn.data.matching import Names
+from monai_unlearn.data.request import DeletionRequest, Selector, hashed_order, read_request, resolve_request
 from monai_unlearn.forget_set import ForgetSet
 
-__all__ = ["Split", "make_split"]
+__all__ = ["Split", "make_split", "people"]
 
 # The halves of the validation data never depend on the run's seed: what one run chose on, no other may report on.
 HALVING_SEED = 0
@@ -134,7 +129,7 @@ def make_split(
         scores = difficulty if isinstance(difficulty, pd.DataFrame) else pd.DataFrame({"difficulty": difficulty})
         index = index.assign(**{name: scores[name].to_numpy() for name in scores if name not in index})
     resolution = resolve_request(request, index, allow_partial=allow_partial)
-    forget = resolution.positions
+    forget, counts = resolution.positions, resolution.as_dict()
 
     halves = dict(zip(("selection", "validation"), _halve(data.validation)))
     evaluated = {name: (data.validation, rows) for name, rows in halves.items()}
@@ -146,9 +141,11 @@ def make_split(
     duplicates = None
     if find_duplicates or isinstance(data.train, LabeledImages):
         hashes = _hashes(data, cache_dir)
-        asked = len(forget)
-        forget = np.flatnonzero(equal_to(hashes["train"], hashes["train"][forget]))
-        duplicates = {"training": len(forget) - asked, "evaluation": 0}
+        follow = equal_to(hashes["train"], hashes["train"][forget])
+        duplicates = {"training": int(follow.sum()) - len(forget), "evaluation": 0}
+        forget = np.flatnonzero(follow)
+        if data.train.patients is not None:  # a copy may lie with another patient
+            counts["patients"], counts["partly_forgotten"] = Names(pd.Series(data.train.patients)).count(follow)
         for name, (part, rows) in evaluated.items():
             own = hashes["test" if part is data.test else "validation"][rows]
             seen = equal_to(own, hashes["train"][forget])
@@ -170,7 +167,7 @@ def make_split(
         unit=resolution.unit,
         request={
             "reference": request.reference,
-            **resolution.as_dict(),
+            **counts,
             "images": len(forget),
             "duplicates": duplicates,
             "allow_partial": allow_partial,
@@ -216,16 +213,29 @@ def _request(
     return DeletionRequest(include=(selector,))
 
 
+def people(patients: np.ndarray) -> np.ndarray:
+    """Number of the person on each image, as whole numbers; an image without a patient has a person of its own.
+
+    Args:
+        patients: patient of each image; None, NaN or empty where it is not known.
+    """
+    names = Names(pd.Series(patients))
+    alone = names.codes < 0
+    numbers = names.codes.astype(np.int64)
+    numbers[alone] = len(names.names) + np.arange(alone.sum())
+    return numbers
+
+
 def _hashes(data: ImageData, cache_dir: str | os.PathLike | None) -> dict[str, np.ndarray]:
     """A hash of the pixels of every image."""
     parts = data.parts()
-    in_memory = {name: part.images for name, part in parts.items() if isinstance(part, LabeledImages)}
-    if in_memory:
-        return {name: pixel_hashes(images) for name, images in in_memory.items()}
-    paths = [path for part in parts.values() if isinstance(part, ImageFiles) for path in part.paths]
-    cache_file = None if cache_dir is None else Path(cache_dir) / "duplicates.npz"
-    ends = np.cumsum([len(part) for part in parts.values()])
-    return dict(zip(parts, np.split(file_hashes(paths, cache_file), ends[:-1])))
+    hashes = {name: pixel_hashes(part.images) for name, part in parts.items() if isinstance(part, LabeledImages)}
+    files = {name: part.paths for name, part in parts.items() if isinstance(part, ImageFiles)}
+    if files:  # all of them at once, so that a file in two parts is decoded once
+        cache_file = None if cache_dir is None else Path(cache_dir) / "duplicates.hashes"
+        found = file_hashes([path for paths in files.values() for path in paths], cache_file)
+        hashes |= zip(files, np.split(found, np.cumsum([len(paths) for paths in files.values()])[:-1]))
+    return hashes
 
 
 def _without_overlap(
@@ -234,24 +244,23 @@ def _without_overlap(
     """Refuse, drop or keep validation and test images of forgotten patients; and what a report says of that."""
     if data.train.patients is None:
         return evaluated, None
-    forgotten = np.unique(data.train.patients[forget].astype(str))
+    forgotten = Names(pd.Series(data.train.patients[forget]))
     kept, images = dict(evaluated), 0
     shared: set[str] = set()
     for name, (part, rows) in evaluated.items():
         if part.patients is None:
             continue
-        patients = part.patients[rows].astype(str)
-        same = np.isin(patients, forgotten)
+        same, found = Names(pd.Series(part.patients[rows])).find(forgotten.names)
         if name != "test" or data.test is not None:  # otherwise the validation half a second time
             images += int(same.sum())
-        shared.update(patients[same])
+        shared |= found
         if overlap == "drop":
             kept[name] = (part, rows[~same])
     if shared and overlap == "refuse":
         raise ValueError(
-            f"{len(shared)} of the {len(forgotten)} patients to forget also have {images} validation or test images, "
-            "which are to show how a model does on people it never saw. Use --overlap drop to leave these images out "
-            "of the evaluation, or --overlap keep."
+            f"{len(shared)} of the {len(np.unique(people(data.train.patients[forget])))} patients to forget also have "
+            f"{images} validation or test images, which are to show how a model does on people it never saw. Use "
+            "--overlap drop to leave these images out of the evaluation, or --overlap keep."
         )
     return kept, {"option": overlap, "patients": len(shared), "images": images}
 
@@ -304,8 +313,7 @@ def _halve(part: LabeledImages | ImageFiles) -> tuple[np.ndarray, np.ndarray]:
             f"The validation data should hold at least two images, but holds {len(part)}: one half is for choices, "
             "the other for the report."
         )
-    names = np.arange(len(part)) if part.patients is None else part.patients
-    unique, member = np.unique(names, return_inverse=True)
+    unique, member = _names(part)
     if part.labels.ndim == 1:
         rows = np.eye(int(part.labels.max()) + 1, dtype=np.int64)[part.labels]
     else:  # findings, and the number of images
@@ -330,6 +338,15 @@ def _halve(part: LabeledImages | ImageFiles) -> tuple[np.ndarray, np.ndarray]:
     if selected.all() or not selected.any():
         raise ValueError("The validation data should come from at least two patients, but comes from one.")
     return np.flatnonzero(selected), np.flatnonzero(~selected)
+
+
+def _names(part: LabeledImages | ImageFiles) -> tuple[list[str], np.ndarray]:
+    """The patients' names, or those of images without one, each once; and the number of each image's among them."""
+    if part.patients is None:
+        return [str(row) for row in range(len(part))], np.arange(len(part))
+    _, first, member = np.unique(people(part.patients), return_index=True, return_inverse=True)
+    names = Names(pd.Series(part.patients))
+    return [names.names[code] if code >= 0 else f"image {row}" for row, code in zip(first, names.codes[first])], member
 
 
 def _keyed_hash(content: bytes, key: str) -> str:

@@ -3,6 +3,6 @@
 from monai_unlearn.handlers.cost_clock import CostClock
 from monai_unlearn.handlers.finite_loss import FiniteLoss
 from monai_unlearn.handlers.progress import Progress, on_terminal
-from monai_unlearn.handlers.sample_history import SampleHistory
+from monai_unlearn.handlers.sample_history import SCORES, SampleHistory, read_history
 
-__all__ = ["CostClock", "FiniteLoss", "Progress", "SampleHistory", "on_terminal"]
+__all__ = ["SCORES", "CostClock", "FiniteLoss", "Progress", "SampleHistory", "on_terminal", "read_history"]

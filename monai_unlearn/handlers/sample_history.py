@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
+from torch.nn import functional
 
-from monai_unlearn.loss import MaskedBCEWithLogitsLoss
 from monai_unlearn.metrics import finding_log_odds
 
-__all__ = ["SampleHistory"]
+__all__ = ["SCORES", "SampleHistory", "read_history"]
+
+# The columns of a history that a request may go by: higher is harder.
+SCORES = ("mean_loss", "forgetting_events")
 
 
 class SampleHistory:
@@ -26,13 +30,17 @@ class SampleHistory:
     each sample it keeps
 
     - ``seen``: how often it was trained on,
-    - ``mean_loss``: mean cross entropy (of a multi-label task: binary, over its known findings),
+    - ``mean_loss``: mean cross entropy (of a multi-label task: binary, over its known findings; NaN if none is known),
     - ``mean_margin`` and ``last_margin``: logit of the true class minus the largest other one (of a multi-label task
       the mean over the known findings of the logit, its sign turned where the finding is absent),
     - ``forgetting_events``: how often it was right and wrong the next time (Toneva et al., 2019),
     - ``never_learned``: it was not right once. Such samples have no forgetting event, but are the hardest.
 
-    Runs on ``STARTED``, ``FORWARD_COMPLETED``, ``EPOCH_COMPLETED`` and ``COMPLETED``.
+    A sample is right where its margin is positive; of a multi-label task, where each known finding is. Outputs are
+    those of training: augmented images, BatchNorm and dropout as in training, before the step on that batch.
+
+    Runs on ``STARTED``, ``FORWARD_COMPLETED``, ``EPOCH_COMPLETED`` and ``COMPLETED``. A run that goes on where another
+    has ended (more epochs of the same trainer) adds to its record; a new one starts anew.
 
     Args:
         path: CSV file to write at the end, one row a sample. Ids must be whole numbers then, since other ids may be
@@ -41,7 +49,9 @@ class SampleHistory:
 
     Raises:
         KeyError: if the batch has no such key.
-        ValueError: if a file is to be written, but ids are no whole numbers.
+        TypeError: if the batch is no dict.
+        ValueError: if ids or labels don't fit the outputs, an output is not finite, or a file is to be written, but
+            ids are no whole numbers.
         RuntimeError: if the run has met no sample.
 
     References:
@@ -56,7 +66,8 @@ class SampleHistory:
     def __init__(self, path: str | os.PathLike | None = None, *, key: str = "index") -> None:
         self.path = None if path is None else Path(path)
         self.key = key
-        self._start()
+        self._samples: dict[Hashable, _Sample] = {}
+        self._waiting: list[tuple] = []
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer's events."""
@@ -78,37 +89,59 @@ class SampleHistory:
             self.key, key=lambda ids: ids if ids.dtype.kind in "iu" else ids.astype(str)
         ).reset_index(drop=True)
 
-    def _start(self, engine: Engine | None = None) -> None:
-        self._samples: dict[Hashable, _Sample] = {}
-        self._waiting: list[tuple] = []
+    def _start(self, engine: Engine) -> None:
+        if engine.state.iteration == 0:
+            self._samples, self._waiting = {}, []
 
     @torch.no_grad()
     def _record(self, engine: SupervisedTrainer) -> None:
-        if self.key not in engine.state.batch:
+        batch = engine.state.batch
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"SampleHistory needs batches that are dicts with an id of each sample, but got {type(batch).__name__}."
+            )
+        if self.key not in batch:
             raise KeyError(
-                f"The batch has no {self.key!r}, by which samples are told apart. It has "
-                f"{sorted(map(str, engine.state.batch))}. Give SampleHistory the right key."
+                f"The batch has no {self.key!r}, by which samples are told apart. It has {sorted(map(str, batch))}. "
+                "Give SampleHistory the right key."
             )
         logits = engine.state.output[CommonKeys.PRED].float()
         labels = engine.state.output[CommonKeys.LABEL]
-        if labels.ndim == 2 and labels.shape == logits.shape:
+        if logits.ndim == 2 and labels.shape == logits.shape:
             loss, margin, right = _of_findings(logits, labels.float())
+        elif logits.ndim == 2 and labels.numel() == len(logits):
+            loss, margin, right = _of_classes(logits, labels.reshape(-1).long())
         else:
-            loss, margin, right = _of_classes(logits, labels.reshape(len(labels)).long())
+            raise ValueError(
+                f"SampleHistory needs outputs B × C with one class a sample, or B × L with L findings, but got outputs "
+                f"{tuple(logits.shape)} and labels {tuple(labels.shape)}."
+            )
+        ids = batch[self.key]
+        if len(ids) != len(logits):
+            raise ValueError(f"{self.key!r} should hold {len(logits)} ids, one an output, but holds {len(ids)}.")
         # Left on the device until the epoch's end: moving them now would have every step wait for it.
-        self._waiting.append((engine.state.batch[self.key], torch.stack([loss, margin, right.float()])))
+        finite = logits.isfinite().all(1)
+        self._waiting.append((ids, torch.stack([loss, margin, right.float(), finite.float()])))
 
     def _gather(self, engine: Engine | None = None) -> None:
-        for ids, figures in self._waiting:
-            keys = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
-            for key, loss, margin, right in zip(keys, *figures.tolist()):
+        waiting, self._waiting = self._waiting, []
+        for ids, figures in waiting:
+            keys = ids.reshape(-1).tolist() if isinstance(ids, torch.Tensor) else list(ids)
+            for key, loss, margin, right, finite in zip(keys, *figures.tolist(), strict=True):
+                if not finite:
+                    raise ValueError(
+                        "The network's outputs in training should be finite, but hold NaN or infinity. Lower the "
+                        "learning rate, and check the images."
+                    )
                 self._samples.setdefault(key, _Sample()).add(loss, margin, bool(right))
-        self._waiting = []
 
     def _complete(self, engine: Engine) -> None:
         self._gather()
         if not self._samples:
-            raise RuntimeError("SampleHistory met no sample. Check that the trainer's loader gives batches.")
+            raise RuntimeError(
+                "SampleHistory met no sample. Check that the trainer's loader gives batches, and that it has no "
+                "iteration_update of its own."
+            )
         if self.path is None:
             return
         if not all(isinstance(key, int) for key in self._samples):
@@ -117,12 +150,43 @@ class SampleHistory:
                 f"a running number into the records, and give its key instead of {self.key!r}; or use frame()."
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        unfinished = self.path.with_name(f".{self.path.name}.part-{os.getpid()}")
         try:
             self.frame().to_csv(unfinished, index=False)
             os.replace(unfinished, self.path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def read_history(path: str | os.PathLike, n: int) -> pd.DataFrame:
+    """The scores of a written history, higher is harder.
+
+    An image that was never learned has no forgetting event and is harder than any that was: it counts one event more
+    than the most of the others.
+
+    Args:
+        path: file that ``SampleHistory`` wrote with the key ``index``.
+        n: number of training images.
+
+    Returns:
+        Row i is image i; columns ``SCORES``. NaN for an image that the training did not meet.
+
+    Raises:
+        ValueError: if the file is no history of so many images.
+    """
+    try:
+        history = pd.read_csv(path, float_precision="round_trip")[["index", "never_learned", *SCORES]]
+        history = history.astype({name: float for name in SCORES})
+    except (KeyError, ValueError):  # among which are all that pandas raises on a file that is no table
+        history = None
+    if history is None or not np.isin(history["index"], np.arange(n)).all() or history["index"].duplicated().any():
+        raise ValueError(
+            f"{Path(path).name} beside the original model should be its training's history of {n} images, but is "
+            "damaged or of other data. Restore it, or train the original again."
+        )
+    events = history["forgetting_events"]
+    history["forgetting_events"] = events.mask(history["never_learned"].astype(bool), events.max() + 1)
+    return history.set_index("index").reindex(range(n))[list(SCORES)]
 
 
 class _Sample:
@@ -153,6 +217,8 @@ def _of_classes(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _of_findings(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss = torch.stack([MaskedBCEWithLogitsLoss()(row[None], known[None]) for row, known in zip(logits, labels)])
+    unknown = labels.isnan()
+    losses = functional.binary_cross_entropy_with_logits(logits, labels.masked_fill(unknown, 0), reduction="none")
     wrong = (logits * (2 * labels - 1) <= 0) & (labels != 0.5)  # NaN compares as False: unknown is not wrong
+    loss = losses.masked_fill(unknown, torch.nan).nanmean(1)
     return loss, finding_log_odds(logits, labels).float(), ~wrong.any(1)

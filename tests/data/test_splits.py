@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monai_unlearn.data import BatchedImages, ImageData, Split, make_split
+from monai_unlearn.data import BatchedImages, ImageData, Split, make_split, people
 
 PROPERTIES = settings(deadline=None, derandomize=True, max_examples=60)
 MakeData = Callable[..., ImageData]
@@ -308,3 +309,97 @@ def test_the_hash_of_a_part_changes_with_its_images(cells: ImageData) -> None:
     assert one["forget"]["hash"] != two["forget"]["hash"]
     assert one["retain"]["hash"] != two["retain"]["hash"]
     assert one["test"] == two["test"]
+
+
+# Images whose patient is not known
+
+UNKNOWN = ["anna", None, "ben", float("nan"), "", "ben", "carl", "anna", None]
+
+
+def test_an_image_without_a_patient_is_a_person_of_its_own() -> None:
+    numbers = people(np.array(UNKNOWN, dtype=object))
+    assert len(set(numbers)) == 3 + 4
+    assert numbers[0] == numbers[7]
+    assert numbers[2] == numbers[5]
+    assert len(set(people(np.array(["a", "b", "a"])))) == 2
+    assert len(set(people(np.array([np.nan, 1.0, np.nan, 1.0])))) == 3
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), ""])
+@pytest.mark.parametrize("overlap", ["refuse", "drop", "keep"])
+def test_images_without_a_patient_on_both_sides_are_no_overlap(
+    make_data: MakeData, tmp_path: Path, missing: object, overlap: str
+) -> None:
+    data = make_data(patients=["anna", missing, missing, "ben"], validation_patients=["vera", missing, missing, "nan"])
+    split = make_split(data, forget_indices=_request(tmp_path / "request.txt", 1), overlap=overlap)
+    assert len(split.selection) + len(split.validation) == 4
+    assert split.request["overlap"] == {"option": overlap, "patients": 0, "images": 0}
+    assert (split.request["patients"], split.request["partly_forgotten"]) == (1, 0)
+
+
+def test_a_patient_in_both_counts_once_beside_images_without_one(make_data: MakeData, tmp_path: Path) -> None:
+    data = make_data(patients=UNKNOWN, validation_patients=["anna", None, "vera", "wim", "anna", None, "xara", "yves"])
+    request = _request(tmp_path / "request.txt", 0, 1, 3)
+    with pytest.raises(ValueError, match=r"^1 of the 3 patients to forget also have 2 validation or test images"):
+        make_split(data, forget_indices=request)
+    split = make_split(data, forget_indices=request, overlap="drop")
+    assert sorted([*split.selection, *split.validation]) == [1, 2, 3, 5, 6, 7]
+    assert split.request["overlap"] == {"option": "drop", "patients": 1, "images": 2}
+    assert split.request["partly_forgotten"] == 1
+
+
+def test_patients_are_the_same_whether_their_ids_are_numbers_or_text(make_data: MakeData, tmp_path: Path) -> None:
+    data = make_data(patients=[7.0, float("nan"), 8.0], validation_patients=["7", "8.5", "9"])
+    request = _request(tmp_path / "request.txt", 0)
+    assert make_split(data, forget_indices=request, overlap="drop").request["overlap"]["images"] == 1
+
+
+@PROPERTIES
+@given(patients=st.lists(st.sampled_from(["anna", "ben", "carl", None, float("nan"), ""]), min_size=4, max_size=40))
+def test_images_without_a_patient_are_halved_one_by_one(make_data: MakeData, patients: list) -> None:
+    data = make_data(validation_patients=patients, classes=1)
+    known = [name for name in patients if name and name == name]
+    if len(patients) - len(known) + len(set(known)) < 2:
+        return
+    split = make_split(data)
+    np.testing.assert_array_equal(np.sort([*split.selection, *split.validation]), np.arange(len(patients)))
+    assert not {patients[i] for i in split.selection} & {patients[i] for i in split.validation} & set(known)
+    largest = max([known.count(name) for name in known], default=1)
+    assert abs(len(split.selection) - len(split.validation)) <= largest
+
+
+# Scores that the data does not have
+
+
+def _hardest(folder: Path, **selector: object) -> Path:
+    (folder / "request.json").write_text(json.dumps({"include": [{"hardest": 10, **selector}]}))
+    return folder / "request.json"
+
+
+def test_the_hardest_go_by_the_scores_that_are_handed_over(make_data: MakeData, tmp_path: Path) -> None:
+    scores = np.random.RandomState(0).permutation(60).astype(float)
+    split = make_split(make_data(), forget_request=_hardest(tmp_path), difficulty=scores)
+    assert sorted(scores[split.forget]) == [54, 55, 56, 57, 58, 59]
+    frame = pd.DataFrame({"mean_loss": -scores, "difficulty": scores})
+    split = make_split(make_data(), forget_request=_hardest(tmp_path, score="mean_loss"), difficulty=frame)
+    assert sorted(scores[split.forget]) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_column_of_the_data_goes_before_a_score_of_the_same_name(cells: ImageData, tmp_path: Path) -> None:
+    own = cells.train.attributes["difficulty"].to_numpy()
+    split = make_split(cells, forget_request=_hardest(tmp_path), difficulty=-own)
+    others = np.setdiff1d(np.arange(len(own)), split.forget)
+    assert own[split.forget].min() >= own[others].max()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_no_number_is_refused(make_data: MakeData, tmp_path: Path, value: float) -> None:
+    scores = np.arange(60.0)
+    scores[[3, 4]] = value
+    with pytest.raises(ValueError, match="needs a score of every image, but 2 of 60"):
+        make_split(make_data(), forget_request=_hardest(tmp_path), difficulty=scores)
+
+
+def test_another_word_for_the_overlap_is_refused(make_data: MakeData) -> None:
+    with pytest.raises(ValueError, match="overlap should be one of refuse, drop, keep, but got 'ignore'"):
+        make_split(make_data(), overlap="ignore")
