@@ -69,7 +69,11 @@ COMPONENTS = {
         "conv1_t_stride": 2,
         "no_max_pool": True,
     },
-    "network": "$@network_def.to(@device, memory_format=torch.channels_last)",
+    "network": {
+        "_target_": "monai_unlearn.placement.place_network",
+        "network": "@network_def",
+        "device": "@device",
+    },
     "loss_function": {"_target_": "torch.nn.CrossEntropyLoss"},
     "inferer": {"_target_": "monai.inferers.SimpleInferer"},
     "train_seed": "@seed",
@@ -270,6 +274,181 @@ MULTI_LABEL = {
         "loss": EVALUATOR["evaluator"]["additional_metrics"]["loss"],
     },
 }
+TO_TENSOR = {"_target_": "monai.transforms.EnsureTyped", "keys": "image", "track_meta": False}
+
+
+def files_part(
+    settings: dict, data: dict, preprocessing: list[dict], augmentation: list[dict], network: dict, workers: int = 0
+) -> dict:
+    """A part for images on disk: where they are, how they are read, and a network that suits them."""
+    dataset = {
+        "_target_": "monai_unlearn.data.file_dataset",
+        "source": "$@data.train",
+        "transform": "$@preprocessing + @augmentation",
+        "cache": "@cache",
+        "cache_dir": "@cache_dir",
+        "num_workers": "@num_workers",
+    }
+    return {
+        **settings,
+        "on_broken": "raise",
+        "original_checkpoint": None,
+        "num_workers": workers,
+        "cache": "none",
+        "cache_dir": None,
+        "data": {**data, "on_broken": "@on_broken"},
+        "preprocessing": [*preprocessing, TO_TENSOR],
+        "augmentation": augmentation,
+        "network_def": network,
+        "train_dataset": dataset,
+        "train_loader::num_workers": "@num_workers",
+        "evaluation_dataset": {**dataset, "source": "@evaluation_part", "transform": "@preprocessing"},
+        "evaluation_loader": {
+            "_target_": "monai_unlearn.data.make_loader",
+            "dataset": "@evaluation_dataset",
+            "batch_size": "@batch_size",
+            "num_workers": "@num_workers",
+        },
+    }
+
+
+def affine(*ranges: float, spatial_dims: int = 2) -> dict:
+    """A small random rotation (radians), shift (pixels) and change of scale."""
+    rotation, shift, scale = ranges
+    return {
+        "_target_": "monai.transforms.RandAffined",
+        "keys": "image",
+        "prob": 1.0,
+        "rotate_range": [rotation] * (1 if spatial_dims == 2 else 3),
+        "translate_range": [shift] * spatial_dims,
+        "scale_range": [scale] * spatial_dims,
+        "padding_mode": "border",
+    }
+
+
+def network_part(name: str) -> dict:
+    """One of MONAI's networks for 2-D images."""
+    dense = name.startswith("DenseNet")
+    return {
+        "_target_": f"monai.networks.nets.{name}",
+        "spatial_dims": 2,
+        "in_channels" if dense else "n_input_channels": "$@data.channels",
+        "out_channels" if dense else "num_classes": "$@data.num_classes",
+    }
+
+
+# As the public baselines jfhealthcare/Chexpert and LibAUC: Adam at 1e-4, small random affine changes, no flip.
+ADAM = {"_target_": "torch.optim.Adam", "params": "$@network.parameters()", "lr": "@train_lr"}
+FROM_BYTES = {
+    "_target_": "monai.transforms.ScaleIntensityRanged",
+    "keys": "image",
+    "a_min": 0,
+    "a_max": 255,
+    "b_min": "$@image_range[0]",
+    "b_max": "$@image_range[1]",
+}
+CONFIGS["chexpert"] = {
+    **files_part(
+        {
+            "dataset_dir": None,
+            "findings": "competition",
+            "uncertainty": "baseline",
+            "blanks": "zeros",
+            "view": "frontal",
+            "projection": "all",
+            "heldout_patients": None,
+            "image_size": 320,
+            "train_epochs": 3,
+            "train_lr": 0.0001,
+            "batch_size": 32,
+        },
+        {
+            "_target_": "monai_unlearn.data.read_chexpert",
+            "dataset_dir": "@dataset_dir",
+            "findings": "@findings",
+            "uncertainty": "@uncertainty",
+            "blanks": "@blanks",
+            "view": "@view",
+            "projection": "@projection",
+            "original_checkpoint": "@original_checkpoint",
+            "heldout_patients": "@heldout_patients",
+        },
+        [
+            {
+                "_target_": "monai.transforms.LoadImaged",
+                "keys": "image",
+                "ensure_channel_first": True,
+                "reverse_indexing": False,
+                "converter": {"_target_": "monai_unlearn.data.GreyImage", "size": "@image_size"},
+            },
+            FROM_BYTES,
+        ],
+        [affine(0.26, "$0.05 * @image_size", 0.05)],
+        network_part("DenseNet121"),
+        workers=4,
+    ),
+    **MULTI_LABEL,
+    "recipe::optimizer": ADAM,
+}
+RESIZED = {"_target_": "monai.transforms.Resized", "keys": "image", "spatial_size": "@image_size"}
+CONFIGS["dicom"] = files_part(
+    {
+        "dataset_dir": None,
+        "labels_file": None,
+        "class_names": None,
+        "level": "image",
+        "window": None,
+        "image_size": [224, 224],
+        "batch_size": 32,
+    },
+    {
+        "_target_": "monai_unlearn.data.read_dicom",
+        "dataset_dir": "@dataset_dir",
+        "labels_file": "@labels_file",
+        "level": "@level",
+        "class_names": "@class_names",
+    },
+    [
+        {
+            "_target_": "monai.transforms.LoadImaged",
+            "keys": "image",
+            "ensure_channel_first": True,
+            "reader": {"_target_": "monai_unlearn.data.DicomViewReader", "window": "@window"},
+        },
+        RESIZED,
+        {**FROM_BYTES, "a_max": 1},
+    ],
+    [affine(0.26, "$0.05 * @image_size[0]", 0.05, spatial_dims=2)],
+    network_part("DenseNet121"),
+)
+CONFIGS["nifti"] = files_part(
+    {
+        "dataset_dir": None,
+        "labels_file": None,
+        "class_names": None,
+        "channels": 1,
+        "image_size": [64, 64, 64],
+        "batch_size": 8,
+    },
+    {
+        "_target_": "monai_unlearn.data.read_table",
+        "dataset_dir": "@dataset_dir",
+        "labels_file": "@labels_file",
+        "class_names": "@class_names",
+        "channels": "@channels",
+    },
+    [
+        {"_target_": "monai.transforms.LoadImaged", "keys": "image", "ensure_channel_first": True},
+        {"_target_": "monai.transforms.Orientationd", "keys": "image", "axcodes": "RAS"},
+        RESIZED,
+        {"_target_": "monai.transforms.NormalizeIntensityd", "keys": "image", "channel_wise": True},
+    ],
+    [affine(0.17, "$0.05 * @image_size[0]", 0.05, spatial_dims=3)],
+    {**network_part("resnet18"), "spatial_dims": 3},
+)
+CONFIGS["resnet18"] = {"network_def": network_part("resnet18")}
+CONFIGS["resnet50"] = {"network_def": network_part("resnet50")}
+CONFIGS["multi_label"] = MULTI_LABEL
 
 # Added to somebody else's training bundle: --config_file "['THEIR/configs/train.yaml','overlay.json']".
 OVERLAY = {

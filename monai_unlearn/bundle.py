@@ -7,8 +7,10 @@ import difflib
 import hashlib
 import inspect
 import json
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -101,6 +103,7 @@ class Bundle:
             RuntimeError: if none is running.
             ValueError: if a key is misspelt or a setting has the wrong type.
         """
+        _without_warnings_of_gpu_decoders()
         workflow, files = running_workflow()
         with readable_errors():
             bundle = cls._of(workflow, files)
@@ -211,6 +214,12 @@ class Bundle:
                 found.add(key)
                 pending += re.findall(r"@(\w+)", json.dumps(self.config[key], default=str))
         return found
+
+
+def _without_warnings_of_gpu_decoders() -> None:
+    """Each of MONAI's image loaders warns where a GPU decoder of DICOM is not installed, whatever it is to read."""
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
 
 
 def running_workflow() -> tuple[ConfigWorkflow, Sequence[str] | None]:

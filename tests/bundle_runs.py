@@ -26,7 +26,7 @@ from monai_unlearn.data import ImageData, LabeledImages
 
 METHODS = ("random_labeling", "retrain", "saliency")
 CONFIGS = ("train", *METHODS)
-PARTS = ("overlay",)  # added to the configs above, or to those of others
+PARTS = ("chexpert", "dicom", "nifti", "multi_label", "resnet18", "resnet50", "overlay")  # added to others
 TRAIN, VALIDATION, TEST = 120, 40, 30
 # A network of a few hundred weights, trained for a moment: the tests are about the run, not about the model.
 TINY = {

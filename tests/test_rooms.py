@@ -16,7 +16,7 @@ ROOT = Path(monai_unlearn.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
 # What a room or a module of the top level may import of the package, besides itself.
-SMALL = {"forget_set", "cost", "loss", "checkpoint", "output", "provenance"}
+SMALL = {"forget_set", "cost", "loss", "checkpoint", "output", "placement", "provenance"}
 COMMANDS = {"workflow", "training", "bundle", "foreign", "overlay"}
 ROOMS = {"data", "methods", "metrics", "handlers", "evaluation", "report"}
 ALLOWED = {

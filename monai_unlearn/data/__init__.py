@@ -2,6 +2,8 @@
 
 from monai_unlearn.data.augmentation import RandomFlip, RandomShift
 from monai_unlearn.data.chexpert import read_chexpert
+from monai_unlearn.data.dicom import dicom_index, read_dicom
+from monai_unlearn.data.dicom_pixels import DicomViewReader
 from monai_unlearn.data.image_data import BatchedImages, ImageData, ImageFiles, LabeledImages, make_loader
 from monai_unlearn.data.image_files import FileImages, GreyImage, file_dataset, remove_cached
 from monai_unlearn.data.load import load_data
@@ -9,10 +11,12 @@ from monai_unlearn.data.medmnist import download_medmnist, read_medmnist
 from monai_unlearn.data.request import DeletionRequest, Resolution, Selector, read_request, resolve_request
 from monai_unlearn.data.splits import Split, make_split, people
 from monai_unlearn.data.synthetic import synthetic_cells
+from monai_unlearn.data.table import read_table
 
 __all__ = [
     "BatchedImages",
     "DeletionRequest",
+    "DicomViewReader",
     "FileImages",
     "GreyImage",
     "ImageData",
@@ -23,6 +27,7 @@ __all__ = [
     "Resolution",
     "Selector",
     "Split",
+    "dicom_index",
     "download_medmnist",
     "file_dataset",
     "load_data",
@@ -30,8 +35,10 @@ __all__ = [
     "make_split",
     "people",
     "read_chexpert",
+    "read_dicom",
     "read_medmnist",
     "read_request",
+    "read_table",
     "remove_cached",
     "resolve_request",
     "synthetic_cells",
