@@ -89,6 +89,7 @@ def write_chexpert(
     root = Path(folder) / "CheXpert-v1.0-small" if small else Path(folder)
     prefix = "CheXpert-v1.0-small" if small else "CheXpert-v1.0"
     csvs = root if small else root / CSV_BATCH
+    csvs.mkdir(parents=True, exist_ok=True)
     n_valid = max(4, n_patients // 5) if n_valid is None else n_valid
     for split, first, count in (("train", 1, n_patients), ("valid", FIRST_VALID, n_valid)):
         rows = []

@@ -6,6 +6,8 @@ import difflib
 import hashlib
 import math
 import os
+import re
+import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ SEX = {"Female": "female", "Male": "male", "Unknown": None}
 VIEWS = {"Frontal": "frontal", "Lateral": "lateral"}
 OWN_COLUMNS = ("patient", "study", "sex", "age", "view", "projection")
 SPLITS = ("train", "valid")
+PATIENT = re.compile(r"patient\d+")
 
 
 def read_chexpert(
@@ -102,6 +105,8 @@ def read_chexpert(
         raise ValueError(
             f"validation_fraction should lie between 0 and 1 (both excluded), but got {validation_fraction!r}."
         )
+    if dataset_dir is None:  # as the bundle has it when nothing is given
+        raise ValueError("dataset_dir should be the folder that CheXpert was unpacked to, but got None.")
     root = Path(dataset_dir)
     folder = _csv_folder(root)
     places = _patient_folders(root)
@@ -120,6 +125,14 @@ def read_chexpert(
         notes += _broken(sizes, f"{split}.csv", on_broken)
         tables[split] = (table, np.flatnonzero(chosen)[sizes > 0])
 
+    patients = set(tables["train"][0]["patient"].tolist())
+    shared = len(patients.intersection(tables["valid"][0]["patient"].tolist()))
+    if shared:
+        raise ValueError(
+            f"No patient should be in both train.csv and valid.csv, but {shared} are: nobody could tell what a model "
+            "was trained on. Remove their rows from one of them."
+        )
+
     def part(split: str, name: str, keep: Collection[str] | None = None) -> ImageFiles:
         table, rows = tables[split]
         table = table.iloc[rows]
@@ -136,7 +149,6 @@ def read_chexpert(
             name=name,
         )
 
-    patients = set(tables["train"][0]["patient"].tolist())
     test = None
     if heldout_patients is None and original_checkpoint is not None:
         train, validation = part("train", "train"), part("valid", "validation")
@@ -242,7 +254,7 @@ def _patient_folders(root: Path) -> dict[str, list[str]]:
         place, depth = pending.pop()
         with os.scandir(root / place) as entries:
             names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
-        patients = [name for name in names if name.startswith("patient")]
+        patients = [name for name in names if PATIENT.fullmatch(name)]
         prefix = f"{place}/" if place else ""
         if patients:
             found[prefix] = patients
@@ -271,7 +283,7 @@ def _read_csv(file: Path, findings: Sequence[str], homes: Mapping[str, str]) -> 
     try:
         table = pd.read_csv(file)
     except (ValueError, UnicodeDecodeError) as error:  # what pandas raises for an empty or a damaged file
-        raise ValueError(f"{file.name} could not be read as CSV ({error}). Unpack it again.") from None
+        raise ValueError(f"{file.name} could not be read as CSV ({str(error).strip()}). Unpack it again.") from None
     own = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA")
     for column in (*own, *findings):
         if column not in table:
@@ -282,14 +294,15 @@ def _read_csv(file: Path, findings: Sequence[str], homes: Mapping[str, str]) -> 
     if len(table) == 0:
         raise ValueError(f"{file.name} should have a row for each image, but has none. Unpack it again.")
     parts = [str(path).split("/")[-3:] for path in table["Path"].tolist()]
-    odd = sum(len(p) < 3 or not p[0].startswith("patient") or not p[1].startswith("study") for p in parts)
+    odd = sum(len(p) < 3 or not PATIENT.fullmatch(p[0]) or not p[1].startswith("study") for p in parts)
     if odd:
         raise ValueError(
             f"Path should end in patientXXXXX/studyX/FILE, but {odd} of {len(table)} rows of {file.name} don't. "
             "Unpack it again."
         )
-    values = table[list(findings)]
-    known = values.isin([-1, 0, 1]) | values.isna()
+    given = table[list(findings)]
+    values = given.apply(pd.to_numeric, errors="coerce")  # one word makes text of a whole column
+    known = values.isin([-1, 0, 1]) | given.isna()
     if not known.to_numpy().all():
         name = known.columns[~known.all()][0]
         raise ValueError(
@@ -297,7 +310,7 @@ def _read_csv(file: Path, findings: Sequence[str], homes: Mapping[str, str]) -> 
             f"{file.name} have something else for {name!r}. Unpack it again."
         )
     age = pd.to_numeric(table["Age"], errors="coerce")
-    _refuse_odd(file, "Age", "a number of years", (age.isna() & table["Age"].notna()) | (age < 0))
+    _refuse_odd(file, "Age", "a number of years", (age.isna() & table["Age"].notna()) | (age < 0) | (age == math.inf))
     _refuse_odd(file, "Sex", ", ".join(SEX), table["Sex"].notna() & ~table["Sex"].isin(list(SEX)))
     _refuse_odd(file, "Frontal/Lateral", ", ".join(VIEWS), ~table["Frontal/Lateral"].isin(list(VIEWS)))
     result = pd.DataFrame(
@@ -342,9 +355,10 @@ def _sizes(root: Path, files: Iterable[str]) -> np.ndarray:
 
     def size(path: str) -> int:
         try:
-            return os.stat(path).st_size
+            status = os.stat(path)
         except OSError:
             return -1
+        return status.st_size if stat.S_ISREG(status.st_mode) else -1  # a folder has a size as well
 
     return np.array([size(f"{root}/{file}") for file in files])
 
@@ -360,11 +374,10 @@ def _broken(sizes: np.ndarray, file: str, on_broken: str) -> list[str]:
     if missing + empty == 0:
         return []
     count = f"of the {len(sizes)} images of {file}, {missing} are missing and {empty} are empty files"
-    if on_broken == "raise" or missing + empty == len(sizes):
-        raise ValueError(
-            f"All images should be there, but {count}. Unpack them again, or leave these rows out with "
-            "--on_broken skip."
-        )
+    usable = missing + empty < len(sizes)
+    if on_broken == "raise" or not usable:
+        advice = ", or leave these rows out with --on_broken skip" if usable else ""
+        raise ValueError(f"All images should be there, but {count}. Unpack them again{advice}.")
     return [f"Left out: {count}."]
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import operator
 import os
 import pickle
+import sys
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -28,8 +31,9 @@ __all__ = ["FileImages", "GreyImage", "file_dataset", "remove_cached"]
 class GreyImage:
     """Make a JPEG or PNG one grey image of size × size, for the ``converter`` of MONAI's ``LoadImaged``.
 
-    Colour becomes luma (ITU-R 601), 16 bits become 8. Shrinking averages (Pillow's bilinear filter), and a JPEG more
-    than twice as large is decoded at a half, quarter or eighth of its size to begin with, which is far quicker.
+    Colour becomes luma (ITU-R 601), 16 bits become 8. Shrinking averages (Pillow's bilinear filter), and a JPEG at
+    least four times as wide and high is decoded at a half, quarter or eighth of its size to begin with, still at least
+    twice as large, which is far quicker.
 
     Args:
         size: side of the square in pixels, at least 1.
@@ -68,23 +72,30 @@ def file_dataset(
         transform: MONAI dictionary transforms of ``image``. Those after the first random one see ``label`` and
             ``index`` too.
         cache: ``"none"`` decodes an image each time it is needed; ``"memory"`` (MONAI's ``CacheDataset``) decodes all
-            of them at once and keeps them; ``"disk"`` (``PersistentDataset``) keeps each in ``cache_dir`` when it was
-            needed for the first time.
-        cache_dir: folder of the cache on disk; it holds copies of the images, see ``remove_cached``.
+            of them at once and keeps them, once for all data sets of the same images and transforms; ``"disk"``
+            (``PersistentDataset``) keeps each in ``cache_dir`` when it was needed for the first time.
+        cache_dir: folder of the cache on disk; it holds copies of the images, without their metadata, see
+            ``remove_cached``.
         num_workers: threads that fill the cache in memory.
 
     Raises:
-        ValueError: if there is no such cache, a cache on disk without a folder, or transforms that can't be told from
-            others; and, here or when an item is taken, if an image can't be read.
+        ValueError: if there is no such cache, a cache on disk without a folder, nothing for a cache to keep, transforms
+            that can't be told from others, or a nested ``Compose`` with options; and, here or when an item is taken, if
+            an image can't be read, or the cache on disk would hold text.
     """
     # At level INFO, MONAI's loader writes the name of a file that it can't read.
     logging.getLogger("LoadImage").setLevel(logging.WARNING)
-    steps = Compose(transform).flatten().transforms
+    steps = _one_by_one(transform)
     first = next((i for i, step in enumerate(steps) if _may_be_random(step)), len(steps))
     fixed, rest = _Reading(source, steps[:first]), _Reading(source, steps[first:])
     records = _Records(source)
+    if cache in ("memory", "disk") and not first:
+        raise ValueError(
+            f"transform should begin with transforms of MONAI's that are not random for a cache ({cache}), which keeps "
+            "what they give, but does not. Begin with monai.transforms.LoadImaged, or set cache to none."
+        )
     if cache == "memory":
-        kept: MonaiDataset = CacheDataset(records, fixed, num_workers=num_workers or None)
+        kept: MonaiDataset = _in_memory(source, records, fixed, num_workers)
     elif cache == "disk":
         if cache_dir is None:
             raise ValueError("cache_dir should name a folder for a cache on disk, but got none. Use --cache_dir DIR.")
@@ -157,10 +168,33 @@ class FileImages(Dataset):
         return plain
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        # A position of NumPy's would be stored in the cache on disk, which could not be loaded then.
+        index = range(len(self))[operator.index(index)]
         kept = self._kept[index]
         if isinstance(self._kept, CacheDataset) and self._rest.transforms:
             kept = copy.deepcopy(kept)
         return self._rest({**kept, "label": self._labels[index], "index": index})
+
+
+def _one_by_one(transform: Callable | Sequence[Callable]) -> list[Callable]:
+    """The transforms without the Composes that hold them."""
+    if isinstance(transform, Sequence):
+        return [step for part in transform for step in _one_by_one(part)]
+    if type(transform) is not Compose:
+        return [transform]
+    options = {
+        "lazy": transform.lazy is not False,
+        "map_items": transform.map_items is not True,
+        "unpack_items": transform.unpack_items,
+        "log_stats": transform.log_stats,
+        "overrides": transform.overrides,
+    }
+    if any(options.values()):
+        raise ValueError(
+            "A Compose in transform should have no options, since it is taken apart, but has "
+            f"{' and '.join(name for name, given in options.items() if given)}. Give its transforms as a list."
+        )
+    return _one_by_one(transform.transforms)
 
 
 def _may_be_random(step: Any) -> bool:
@@ -199,7 +233,7 @@ class _Reading(Compose):
             return super().__call__(input_, *args, **options)
         except Exception as error:
             index = input_["index"]
-            reason = self._reason(error, self._source.files[index])
+            reason = self._reason(error, index)
         # Out of the handler, so that the errors that name the file are not this one's context.
         part = self._source.name
         raise ValueError(
@@ -208,14 +242,39 @@ class _Reading(Compose):
             f"`data.{part or 'PART'}.files[{index}]` tells it. Restore the file, or leave its row out."
         )
 
-    @staticmethod
-    def _reason(error: BaseException, file: str) -> str:
-        """What went wrong, where that does not name the file."""
+    def _reason(self, error: BaseException, index: int) -> str:
+        """What went wrong, where that names neither file nor patient."""
         while error.__cause__ is not None:
             error = error.__cause__
         text = f"{type(error).__name__}: {error}".rstrip(".")
-        parts = {part for part in (file, *file.split("/")) if part}
-        return f" ({type(error).__name__})" if any(part in text for part in parts) else f" ({text})"
+        file, patients = self._source.files[index], self._source.patients
+        parts = {file, *file.split("/"), *([] if patients is None else [str(patients[index])])}
+        names = parts | {PurePosixPath(part).stem for part in parts}
+        names |= {repr(name)[1:-1] for name in names}  # as errors of the operating system show odd characters
+        return f" ({type(error).__name__})" if any(name and name in text for name in names) else f" ({text})"
+
+
+# Images decoded into memory, for as long as a data set of them lives. That holds its source: an id is of no other.
+_kept_in_memory: weakref.WeakValueDictionary[tuple[int, str], CacheDataset] = weakref.WeakValueDictionary()
+
+
+def _in_memory(source: ImageFiles, records: Sequence, transform: Compose, num_workers: int) -> CacheDataset:
+    """The images decoded into memory; those that are there already serve every data set of the same transforms."""
+    try:
+        key = (id(source), _hash_of(transform.transforms))
+    except (pickle.PicklingError, AttributeError, TypeError):  # can't be told from others
+        key = None
+    kept = None if key is None else _kept_in_memory.get(key)
+    if kept is None:
+        # A bar is for a person who waits.
+        kept = CacheDataset(records, transform, num_workers=num_workers or None, progress=sys.stderr.isatty())
+        if key is not None:
+            _kept_in_memory[key] = kept
+    return kept
+
+
+def _hash_of(*parts: Any) -> str:
+    return hashlib.sha256(pickle.dumps(parts, protocol=4)).hexdigest()[:32]
 
 
 class _DiskCache(PersistentDataset):
@@ -224,16 +283,14 @@ class _DiskCache(PersistentDataset):
     def __init__(self, source: ImageFiles, records: Sequence, transform: Compose, cache_dir: str | os.PathLike) -> None:
         super().__init__(records, transform, Path(cache_dir))
         try:
-            steps = hashlib.sha256(
-                pickle.dumps((os.path.abspath(source.root), transform.transforms), protocol=4)
-            ).hexdigest()
+            steps = _hash_of(os.path.abspath(source.root), transform.transforms)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"Transforms of a cache on disk should be such that pickle can store them, but are not ({error}). Use "
                 "functions of a module instead of lambdas, or another cache."
             ) from None
         self._source = source
-        self.transform_hash = steps[:32]
+        self.transform_hash = steps
 
     def _cachecheck(self, item_transformed: dict) -> dict:
         index = item_transformed["index"]
@@ -244,12 +301,31 @@ class _DiskCache(PersistentDataset):
         except FileNotFoundError:
             pass
         except Exception:  # torch raises whatever a damaged file makes it trip over; it is made anew
-            file.unlink()
+            file.unlink(missing_ok=True)
         item = convert_to_tensor(self._pre_transform(dict(item_transformed)), convert_numeric=False, track_meta=False)
+        odd = [str(key) for key, value in item.items() if not _holds_numbers_alone(value)]
+        if odd:
+            raise ValueError(
+                "Transforms of a cache on disk should give tensors and Python's numbers alone, since text may name a "
+                f"patient, but {', '.join(odd)} is neither. Leave image_only of LoadImaged as it is, or use another "
+                "cache."
+            )
         part = file.with_name(f"{name}.{os.getpid()}.part")
-        torch.save(item, part)
-        os.replace(part, file)
+        try:
+            torch.save(item, part)
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
         return item
+
+
+def _holds_numbers_alone(value: Any) -> bool:
+    """Whether it names nobody, and ``torch.load`` reads it without running code."""
+    if isinstance(value, dict):
+        return all(map(_holds_numbers_alone, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_holds_numbers_alone, value))
+    return value is None or isinstance(value, torch.Tensor) or type(value) in (bool, int, float, complex)
 
 
 def _hash(name: str) -> str:
