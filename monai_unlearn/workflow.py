@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from monai_unlearn.bundle import Bundle, device_of, readable_errors
 from monai_unlearn.checkpoint import Checkpoint, file_hash, load_checkpoint, save_atomically
 from monai_unlearn.cost import Cost
-from monai_unlearn.data import ImageData, ImageFiles, LabeledImages, Split, people, read_request
+from monai_unlearn.data import ImageData, ImageFiles, LabeledImages, Split, people, read_request, remove_cached
 from monai_unlearn.evaluation import SplitResult, evaluate
 from monai_unlearn.handlers import SCORES, on_terminal, read_history
 from monai_unlearn.metrics import attack_auc, attack_auc_interval
@@ -125,7 +125,10 @@ def train(bundle: Bundle) -> None:
                 f"AUROC {percent(result.auroc)}" if run.data.multi_label else f"accuracy {percent(result.accuracy)}"
             )
             logger.info("  %-10s %s %%  (n = %d)", name, figure, result.n)
-        logger.info("\nUnlearn it with --original_checkpoint %s and the same data and seed.", model.path)
+        if bundle.depends_on("data", "original_checkpoint"):  # naming it says that somebody else trained it
+            logger.info("\nTo unlearn from it, use the same data, seed and settings of training: it is found then.")
+        else:
+            logger.info("\nUnlearn it with --original_checkpoint %s and the same data and seed.", model.path)
 
 
 def unlearn(bundle: Bundle) -> None:
@@ -216,7 +219,7 @@ def _unlearn_into(folder: Path, run: _Run) -> tuple[dict, dict]:
         cost=cost,
         task="multi-label" if run.data.multi_label else "multi-class",
         request=split.request,
-        notes=run.data.notes,
+        notes=[*run.data.notes, *_without_cached_copies(run)],
         provenance={
             "original_checkpoint": str(original_path),
             "data": {"name": run.data.name, "sha256": run.data_digest},
@@ -253,8 +256,8 @@ def _original(run: _Run) -> tuple[Path, Checkpoint]:
         if not run.data.embedded:
             raise ValueError(
                 f"There is no original model of {run.data.name} to unlearn from. Name yours with "
-                "--original_checkpoint FILE, or train one with the same data and seed: "
-                "python -m monai.bundle run train --config_file bundles/train.json"
+                "--original_checkpoint FILE, or train one with the same data, seed and settings: the same command with "
+                "`run train`, and bundles/train.json in the place of the method's file."
             )
         logger.info("No --original_checkpoint given: training an original model on the embedded data first.")
     path = train_model(run.bundle, folder, settings["seed"], None, "original").path
@@ -348,6 +351,16 @@ def _attack(splits: dict[str, SplitResult], run: _Run) -> dict[str, float]:
         seed=run.settings["seed"],
     )
     return {"auc": attack_auc(members, others), "low": low, "high": high}
+
+
+def _without_cached_copies(run: _Run) -> list[str]:
+    """Remove the forgotten people's decoded images from a cache on disk, and say so for the report."""
+    if run.settings.get("cache") != "disk" or not isinstance(run.data.train, ImageFiles):
+        return []
+    removed = remove_cached(run.data.train, run.split.forget, run.settings["cache_dir"])
+    note = f"{removed} decoded copies of images of the people forgotten were removed from the cache on disk."
+    logger.info("%s", note)
+    return [note]
 
 
 def _without_names(name: str, value: Any) -> Any:

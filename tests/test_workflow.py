@@ -119,7 +119,7 @@ def test_a_file_without_a_model_or_checkpoint_raises_and_says_what_to_do(empty_w
     text = messages(caught.value)
     assert "There is no original model of tiny to unlearn from" in text
     assert "--original_checkpoint FILE" in text
-    assert "run train --config_file" in text
+    assert "`run train`, and bundles/train.json in the place of" in text
     assert not (empty_workplace.folder / "runs" / "saliency").exists()
     assert not unfinished_below(empty_workplace.folder)
 
