@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -24,9 +25,11 @@ from monai_unlearn.report.results import SPLITS
 METHODS = ("saliency", "random_labeling", "retrain")
 
 
-def run(run_id: str, bundle: str, seed: int, options: list[str]) -> None:
-    """Run a bundle, and stop where it fails."""
-    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(bundle_path(bundle))]
+def run(run_id: str, bundle: str, seed: int, options: list[str], parts: Sequence[str] = ()) -> None:
+    """Run a bundle, with further config files added to it, and stop where it fails."""
+    files = [str(bundle_path(bundle)), *parts]
+    command = [sys.executable, "-m", "monai.bundle", "run", run_id]
+    command += ["--config_file", str(files) if parts else files[0]]
     subprocess.run([*command, "--seed", str(seed), *options], check=True, stdout=sys.stderr)
 
 
