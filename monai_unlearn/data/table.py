@@ -77,7 +77,7 @@ def read_table(
 
     Raises:
         FileNotFoundError: if the folder or the table does not exist.
-        ValueError: if the table can't be read or lacks a column, a file appears twice, a label or split is none, files
+        ValueError: if folder or table are not given, the table can't be read or lacks a column, a file appears twice, a label or split is none, files
             are broken, or there are too few patients to split. Neither files nor patients are named.
     """
     check_on_broken(on_broken)
@@ -148,10 +148,17 @@ def check_on_broken(on_broken: str) -> None:
 
 def existing_folder(dataset_dir: str | os.PathLike) -> Path:
     """The folder of a data set."""
+    _refuse_none("dataset_dir", dataset_dir, "DIR")
     root = Path(dataset_dir)
     if not root.is_dir():
         raise FileNotFoundError(f"dataset_dir should be a folder, but got {str(dataset_dir)!r}. Check the path.")
     return root
+
+
+def _refuse_none(name: str, value: Any, example: str) -> None:
+    """A setting that a bundle leaves empty."""
+    if value is None:
+        raise ValueError(f"{name} should say where the data is, but got None. Use --{name} {example}.")
 
 
 def report_broken(reasons: Mapping[str, int], on_broken: str, rule: str) -> tuple[str, ...]:
@@ -179,8 +186,9 @@ def read_labels(labels_file: str | os.PathLike) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: if it does not exist.
-        ValueError: if it is no table, is empty, or has two columns of the same meaning.
+        ValueError: if none is given, or it is no table, is empty, or has two columns of the same meaning.
     """
+    _refuse_none("labels_file", labels_file, "FILE")
     path = Path(labels_file)
     if not path.is_file():
         raise FileNotFoundError(f"labels_file should be a table, but got {str(labels_file)!r}. Check the path.")

@@ -199,6 +199,10 @@ def test_a_table_or_folder_that_is_not_there(folder: Path, table: Table) -> None
         read_table(folder, folder / "nothing.csv")
     with pytest.raises(FileNotFoundError, match="dataset_dir should be a folder"):
         read_table(folder / "nothing", table())
+    with pytest.raises(ValueError, match=r"dataset_dir should say where .* got None. Use --dataset_dir DIR"):
+        read_table(None, table())
+    with pytest.raises(ValueError, match=r"labels_file should say where .* got None. Use --labels_file FILE"):
+        read_table(folder, None)
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="of 8 none can be used: 8 not there"):
         read_table(folder / "empty", table(), on_broken="skip")
