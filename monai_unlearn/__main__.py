@@ -77,12 +77,14 @@ def _unlearn(chosen: argparse.Namespace, overrides: dict[str, object]) -> None:
 
     sys.path.insert(0, str(root))  # where a bundle's configs import their `scripts` from
     metadata, logging = (config.with_name(name) for name in ("metadata.json", "logging.conf"))
+    if not logging.is_file():
+        logging = bundle_path("overlay").with_name("logging.conf")
     try:
         run(
             run_id="unlearn",
             config_file=[str(config), str(bundle_path("overlay"))],
             meta_file=str(metadata) if metadata.is_file() else None,
-            logging_file=str(logging) if logging.is_file() else None,
+            logging_file=str(logging),
             bundle_root=str(root),
             **overrides,  # type: ignore[arg-type]
         )

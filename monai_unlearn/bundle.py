@@ -103,7 +103,6 @@ class Bundle:
             RuntimeError: if none is running.
             ValueError: if a key is misspelt or a setting has the wrong type.
         """
-        _without_warnings_of_gpu_decoders()
         workflow, files = running_workflow()
         with readable_errors():
             bundle = cls._of(workflow, files)
@@ -230,6 +229,7 @@ def running_workflow() -> tuple[ConfigWorkflow, Sequence[str] | None]:
     Raises:
         RuntimeError: if none is running.
     """
+    _without_warnings_of_gpu_decoders()
     workflow = None
     for frame in _frames():
         if workflow is None and isinstance(frame.f_locals.get("self"), ConfigWorkflow):

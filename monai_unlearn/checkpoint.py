@@ -5,21 +5,35 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from monai.handlers import MetricLoggerKeys
+from monai.utils import InterpolateMode, TraceKeys
 from torch import nn
 
 __all__ = ["Checkpoint", "file_hash", "load_checkpoint", "save_atomically"]
 
 # Where a checkpoint that is a dict of dicts keeps the network, in the order in which they are tried.
 NETWORK_KEYS = ("model", "network", "net", "state_dict")
-# What the state of MONAI's MetricLogger holds, which many training bundles keep beside the network.
-HARMLESS: list = [defaultdict, list, MetricLoggerKeys]
+
+
+def _plain_dict(*_: object) -> dict:
+    """Takes the place of ``defaultdict``, into which torch fills nothing under ``weights_only``."""
+    return {}
+
+
+_plain_dict.__module__, _plain_dict.__name__, _plain_dict.__qualname__ = "collections", "defaultdict", "defaultdict"
+# What the state of MONAI's MetricLogger holds, which many training bundles keep beside the network: losses, often as
+# MetaTensor, and metrics, often as NumPy's numbers. None of it runs anything when it is read.
+NUMBERS: list[np.generic] = [np.float32(0), np.float64(0), np.int64(0)]
+HARMLESS: list = [
+    *(_plain_dict, list, MetricLoggerKeys, TraceKeys, InterpolateMode),
+    *(np.dtype, NUMBERS[0].__reduce__()[0], *(type(number.dtype) for number in NUMBERS)),
+]
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,8 @@ def _is_state(content: Mapping) -> bool:
 def save_atomically(content: object, path: str | os.PathLike) -> None:
     """``torch.save`` to a file that appears whole or not at all."""
     path = Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # As an ending, the process's id does not get into the file, as it else would: torch writes the name into it.
+    unfinished = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
         torch.save(content, unfinished)
         os.replace(unfinished, path)

@@ -6,21 +6,33 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ignite.handlers
 import monai.handlers
 import pandas as pd
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
+from monai.data import Dataset as RecordDataset
+from monai.data import ThreadDataLoader
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from monai.transforms import Transform
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset
 
 from monai_unlearn.bundle import components, hint, unwrapped
 from monai_unlearn.forget_set import records_of, without_random
 from monai_unlearn.methods import require_supervised_trainer, unwrapped_handlers
 
-__all__ = ["FLAG", "ForeignBundle", "TaggedDataset", "index_of", "loader_of", "with_dataset"]
+__all__ = [
+    "FLAG",
+    "ForeignBundle",
+    "TaggedDataset",
+    "index_of",
+    "loader_of",
+    "repeats_of",
+    "with_dataset",
+    "with_repeats",
+]
 
 FLAG = "is_forget"
 TRAINERS = ("train::trainer", "trainer")
@@ -87,6 +99,12 @@ class ForeignBundle:
             evaluator = _validator(trainer) if named is None else parser.get_parsed_content(named)
         except Exception as error:
             raised = unwrapped(error)
+            if str(raised).startswith("applying transform"):  # its cause names the file, and so perhaps the patient
+                raise ValueError(
+                    "An image can't be read or prepared while the bundle's data sets are made "
+                    f"({type(raised.__cause__ or raised).__name__}). Repair it, or take it off the bundle's lists. Are "
+                    "images of people to be forgotten deleted already? Unlearning needs them: delete them afterwards."
+                ) from None
             raise raised from raised.__cause__
         try:
             require_supervised_trainer(trainer, self)
@@ -129,16 +147,33 @@ class ForeignBundle:
                     f"The original may be any of {', '.join(map(str, found.values()))}. Say which: "
                     "--unlearning::original_checkpoint FILE."
                 )
+        folders = dict.fromkeys(place.parent for place in best + last)
+        there = [str(file) for folder in folders for file in sorted(folder.glob("*.pt*"))]
         raise FileNotFoundError(
             f"No original model is at {', '.join(dict.fromkeys(map(str, best + last)))}. Name it with "
-            "--unlearning::original_checkpoint FILE, and the bundle's folder with --bundle_root."
+            "--unlearning::original_checkpoint FILE, and the bundle's folder with --bundle_root; there are: "
+            f"{', '.join(there) or 'none'}."
         )
 
-    def initial_checkpoint(self) -> str | None:
-        """The file from which the bundle's own training starts (fine-tuning), or None."""
+    def initial_checkpoint(self, original: Path) -> str | None:
+        """The file from which the bundle's own training starts (fine-tuning), or None.
+
+        Raises:
+            ValueError: if that is the original itself: a reference that starts from it has seen the forget set.
+        """
         for path, part in components(self._config):
-            if str(part["_target_"]).endswith("CheckpointLoader") and path.startswith(_top(self.trainer_id)):
-                return self._argument(path, "load_path")
+            if not str(part["_target_"]).endswith("CheckpointLoader") or not path.startswith(_top(self.trainer_id)):
+                continue
+            if str(self._argument(path, "_disabled_")).lower() == "true":
+                continue
+            start = self._argument(path, "load_path")
+            if start is not None and os.path.realpath(start) == os.path.realpath(original):
+                raise ValueError(
+                    f"{path} starts the bundle's training from {start}, the original itself, which has seen the forget "
+                    f"set. Give it the weights with which that training once began (--{path}::load_path FILE), or "
+                    f"none (--{path}::_disabled_ True)."
+                )
+            return start
         return None
 
     def _argument(self, path: str, name: str) -> Any:
@@ -183,14 +218,14 @@ class TaggedDataset(Dataset):
             return {**item, FLAG: flag}
         if isinstance(item, list) and all(isinstance(part, Mapping) for part in item):
             return [{**part, FLAG: flag} for part in item]
-        raise TypeError(
+        raise ValueError(
             f"The training data should give dicts, as MONAI's do, but gives {type(item).__name__}. "
             "Have the data set return dicts with the image and the label."
         )
 
 
 def loader_of(engine: SupervisedTrainer | SupervisedEvaluator) -> DataLoader:
-    """The loader of an engine.
+    """The loader of an engine; a list of dicts in it as a data set of MONAI's.
 
     Raises:
         ValueError: if it is no loader of a data set with a length.
@@ -201,7 +236,15 @@ def loader_of(engine: SupervisedTrainer | SupervisedEvaluator) -> DataLoader:
             f"The data of a {type(engine).__name__} should come from a DataLoader over a data set with a length, but "
             f"comes from a {type(getattr(loader, 'dataset', loader)).__name__}."
         )
-    return loader
+    dataset = _as_dataset(loader.dataset)
+    return loader if dataset is loader.dataset else with_dataset(loader, dataset)
+
+
+def _as_dataset(dataset: Any) -> Any:
+    if isinstance(dataset, Subset):
+        inner = _as_dataset(dataset.dataset)
+        return dataset if inner is dataset.dataset else Subset(inner, dataset.indices)
+    return RecordDataset(dataset) if isinstance(dataset, (list, tuple)) else dataset
 
 
 def with_dataset(loader: DataLoader, dataset: Dataset) -> DataLoader:
@@ -210,6 +253,30 @@ def with_dataset(loader: DataLoader, dataset: Dataset) -> DataLoader:
     other.__dict__["dataset"] = dataset  # torch refuses the plain assignment
     other.__dict__["_iterator"] = None
     return other
+
+
+def repeats_of(loader: DataLoader) -> int:
+    """How many times a loader gives each batch; its length does not count that."""
+    return loader.repeats if isinstance(loader, ThreadDataLoader) else 1
+
+
+def with_repeats(loader: DataLoader, like: DataLoader) -> DataLoader:
+    """A loader that gives each batch as often as another does."""
+    if not isinstance(like, ThreadDataLoader):
+        return loader
+    return ThreadDataLoader(
+        cast(Any, loader.dataset),
+        buffer_size=like.buffer_size,
+        buffer_timeout=like.buffer_timeout,
+        repeats=like.repeats,
+        batch_size=loader.batch_size,
+        shuffle=isinstance(loader.sampler, RandomSampler),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        drop_last=loader.drop_last,
+        worker_init_fn=loader.worker_init_fn,
+        generator=loader.generator,
+    )
 
 
 def index_of(loader: DataLoader, image_key: str, patient_key: str | None = None) -> pd.DataFrame:
@@ -225,7 +292,7 @@ def index_of(loader: DataLoader, image_key: str, patient_key: str | None = None)
         numbers and texts under their own names.
 
     Raises:
-        ValueError: if there are no records, or none has ``patient_key``.
+        ValueError: if there are no records, or none has ``image_key`` or ``patient_key``.
     """
     dataset: Any = loader.dataset
     records = records_of(dataset)
@@ -236,6 +303,12 @@ def index_of(loader: DataLoader, image_key: str, patient_key: str | None = None)
         )
     rows = [record if isinstance(record, Mapping) else {image_key: record} for record in records]
     keys = list(dict.fromkeys(key for row in rows for key in row))
+    for name, key in (("image", image_key), ("patient", patient_key)):
+        if key is not None and key not in keys:
+            raise ValueError(
+                f"The records have no {key!r}; they have {', '.join(map(str, keys))}. "
+                f"Name the {name}'s key with --unlearning::{name}_key."
+            )
     table = pd.DataFrame(index=range(len(rows)))
     files = [_path(row.get(image_key)) for row in rows]
     if any(files):
@@ -245,7 +318,7 @@ def index_of(loader: DataLoader, image_key: str, patient_key: str | None = None)
         if key != image_key and any(value is not None for value in values):
             table[str(key)] = values
     if patient_key is not None and patient_key not in table:
-        raise ValueError(f"The records have no {patient_key!r}; they have {', '.join(map(str, keys))}.")
+        raise ValueError(f"{patient_key!r} of the records holds no texts or numbers, by which patients are known.")
     for name, spellings in NAMES.items():
         own = [key for key in table if key.lower().replace("_", "").replace("-", "") in spellings]
         key = patient_key if name == "patient" and patient_key else next(iter(own), None)
@@ -255,6 +328,7 @@ def index_of(loader: DataLoader, image_key: str, patient_key: str | None = None)
 
 
 def _path(value: Any) -> str | None:
+    value = getattr(value, "meta", {}).get("filename_or_obj", value)  # an image that is loaded already
     if isinstance(value, (list, tuple)) and value:
         value = value[0]
     return Path(value).as_posix() if isinstance(value, (str, os.PathLike)) else None
@@ -271,12 +345,22 @@ def _top(id: str) -> str:
     return id.rpartition("::")[0]
 
 
+class _SetAside(Transform):
+    """Stands for what is set aside, also where other parts refer to it: as a handler or transform it does nothing."""
+
+    def attach(self, *_: Any, **__: Any) -> None:
+        """Leave the engine as it is."""
+
+    def __call__(self, data: Any) -> Any:
+        return data
+
+
 def _without(config: Any, names: Sequence[str]) -> Any:
-    """A config whose components of these classes are disabled, and lose their arguments, which would be evaluated."""
+    """A config without components of these classes and without their arguments, which would be evaluated."""
     if isinstance(config, dict):
         target = config.get("_target_")
         if isinstance(target, str) and target.rpartition(".")[2] in names:
-            return {"_target_": target, "_disabled_": True}
+            return {"_target_": f"{__name__}.{_SetAside.__name__}"}
         return {key: _without(value, names) for key, value in config.items()}
     if isinstance(config, list):
         return [_without(value, names) for value in config]
@@ -296,9 +380,13 @@ def _validator(trainer: Engine) -> Any:
 
 
 def _strip(engine: Engine, names: Sequence[str]) -> None:
-    """Take handlers of these classes off an engine, also those that an expression has made."""
+    """Take handlers of these classes off an engine, also those that an expression has made.
+
+    Those of an exception go whatever they are: as long as there is such an event, Ignite does not raise what fails.
+    """
     named = (getattr(module, name, None) for module in (monai.handlers, ignite.handlers) for name in names)
     classes = tuple(kind for kind in named if isinstance(kind, type))
     for event in list(engine._event_handlers):
         pairs = zip(unwrapped_handlers(engine, event), engine._event_handlers[event])
         engine._event_handlers[event] = [kept for handler, kept in pairs if not isinstance(handler, classes)]
+    engine._event_handlers.pop(Events.EXCEPTION_RAISED, None)

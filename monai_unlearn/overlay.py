@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import torch
+from ignite.engine import Events
 from ignite.handlers import ProgressBar
 from ignite.metrics import Accuracy, EpochMetric, Loss, Metric
 from monai.bundle import ConfigParser
@@ -22,11 +26,20 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from monai_unlearn.bundle import bundle_path, hint, readable_errors, running_workflow, typed
-from monai_unlearn.checkpoint import Checkpoint, file_hash, load_checkpoint, save_atomically
+from monai_unlearn.checkpoint import file_hash, load_checkpoint, save_atomically
 from monai_unlearn.cost import Cost
 from monai_unlearn.data import DeletionRequest, Resolution, read_request, resolve_request
 from monai_unlearn.evaluation import SplitResult, evaluate, probabilities_and_one_hot
-from monai_unlearn.foreign import FLAG, ForeignBundle, TaggedDataset, index_of, loader_of, with_dataset
+from monai_unlearn.foreign import (
+    FLAG,
+    ForeignBundle,
+    TaggedDataset,
+    index_of,
+    loader_of,
+    repeats_of,
+    with_dataset,
+    with_repeats,
+)
 from monai_unlearn.forget_set import ForgetSet
 from monai_unlearn.handlers import on_terminal
 from monai_unlearn.loss import MaskedBCEWithLogitsLoss
@@ -41,6 +54,9 @@ from monai_unlearn.workflow import refuse_near_chance
 __all__ = ["unlearn"]
 
 logger = logging.getLogger("monai_unlearn")
+# Takes the place of the engines' own loggers: each evaluation would say that a run starts, ends and is the best so far.
+quiet = logging.getLogger("monai_unlearn.engines")
+quiet.addFilter(lambda record: record.levelno >= logging.WARNING)  # a logging.conf would undo a level
 
 METHODS = ("random_labeling", "saliency", "retrain")
 OVERLAP = ("refuse", "drop", "keep")
@@ -54,6 +70,7 @@ def unlearn(settings: Mapping[str, Any]) -> None:
         settings: the section ``unlearning`` of the config.
     """
     workflow, _ = running_workflow()
+    _heard()
     with readable_errors():
         config = cast(dict, workflow.parser.config)
         chosen = _checked(settings)
@@ -72,6 +89,14 @@ def unlearn(settings: Mapping[str, Any]) -> None:
         logger.info(
             "%s holds functions of the forgotten images: keep it as private as these, or delete it.", output / "private"
         )
+
+
+def _heard() -> None:
+    """Have the run's lines printed, which a bundle's own logging.conf, if there is one, need not provide for."""
+    if logger.getEffectiveLevel() > logging.INFO:
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler(sys.stdout))
 
 
 def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +139,7 @@ class _Run:
         (folder / "private").mkdir()
         request = read_request(settings["forget_request"])
         set_determinism(settings["seed"])
-        trainer, theirs = self.bundle.engines(keep_schedules=settings["method"] == "retrain")
+        trainer, theirs = self._engines(keep_schedules=settings["method"] == "retrain")
         index = index_of(loader_of(trainer), settings["image_key"], settings["patient_key"])
         resolution = _resolved(request, index, theirs, settings)
         held_out, shared = _held_out(index, resolution, theirs, settings)
@@ -124,8 +149,8 @@ class _Run:
 
         task = self._prepare(trainer, theirs, index, resolution)
         forget = ForgetSet.flagged(FLAG)
-        methods = self._methods(forget, trainer, task, folder)  # a trainer that they refuse is refused now
         path = Path(settings["original_checkpoint"] or self.bundle.original(self.root))
+        methods = self._methods(forget, trainer, task, folder, path)  # a trainer that they refuse is refused now
         checkpoint = load_checkpoint(path, settings["network_key"])
         logger.info("Original model: %s", path)
         loaders = {
@@ -156,7 +181,7 @@ class _Run:
         own["after"] = _own_metrics(theirs)
 
         if settings["reference"]:
-            network, cost["retrain"] = self._retrained(index, resolution, forget, checkpoint)
+            network, cost["retrain"] = self._retrained(index, resolution, forget, path)
             results["retrained"] = figures(network)
 
         if not request.key_is_kept:
@@ -184,7 +209,7 @@ class _Run:
                 "allow_partial": settings["allow_partial"],
                 "overlap": shared,
             },
-            notes=_notes(loader_of(trainer).dataset, own),
+            notes=_notes(loader_of(trainer).dataset, own, compared=shared is not None),
             provenance={
                 "original_checkpoint": str(path),
                 "data": {"name": self.root.resolve().name, "sha256": None},
@@ -212,18 +237,41 @@ class _Run:
     ) -> _Task:
         """Tag the forget samples, set epochs and learning rate, and see what the task is."""
         _tag(trainer, index, resolution)
-        approximate = self.settings["method"] != "retrain"
-        if approximate:
+        loader = loader_of(trainer)
+        sample = loader.dataset[0]
+        keys = sample[0] if isinstance(sample, list) else sample
+        if self.settings["label_key"] not in keys:
+            raise ValueError(
+                f"The training samples have no {self.settings['label_key']!r}; they have "
+                f"{', '.join(str(key) for key in keys if key != FLAG)}. Name the label's key with "
+                "--unlearning::label_key."
+            )
+        if isinstance(keys.get(self.settings["image_key"]), (str, os.PathLike)):
+            raise ValueError(
+                f"The training samples hold the path of {self.settings['image_key']!r} and no image. Give the bundle's "
+                "training data set its transforms, with LoadImaged among them."
+            )
+        if self.settings["method"] != "retrain":
             trainer.state.max_epochs = self.settings["epochs"]
+            trainer.state.epoch_length = len(loader) * repeats_of(loader)  # a pass over the data, whatever theirs is
         if self.settings["lr"] is not None:
             for group in trainer.optimizer.param_groups:
                 group["lr"] = self.settings["lr"]
         return _task(trainer, theirs)
 
-    def _methods(self, forget: ForgetSet, trainer: SupervisedTrainer, task: _Task, folder: Path) -> list[Any]:
+    def _engines(self, keep_schedules: bool) -> tuple[SupervisedTrainer, SupervisedEvaluator]:
+        engines = self.bundle.engines(keep_schedules)
+        for engine in engines:
+            engine.logger = quiet
+        return engines
+
+    def _methods(
+        self, forget: ForgetSet, trainer: SupervisedTrainer, task: _Task, folder: Path, original: Path
+    ) -> list[Any]:
         settings = self.settings
+        methods: list[Any] = []
         if settings["method"] == "retrain":
-            methods: list[Any] = [Retrain(forget, initial_state=self._initial_state(trainer))]
+            self._start_again(trainer, forget, original)
         else:
             methods = [
                 RandomLabeling(
@@ -243,18 +291,31 @@ class _Run:
             method.attach(trainer)
         return methods
 
-    def _initial_state(self, trainer: SupervisedTrainer) -> Any:
-        """Where the bundle's own training starts: a checkpoint that it loads, or the network as it is made."""
-        return self.bundle.initial_checkpoint() or trainer.network.state_dict()
+    def _start_again(self, trainer: SupervisedTrainer, forget: ForgetSet, original: Path) -> None:
+        """Have a trainer train by its recipe without the forget samples.
+
+        It starts where the bundle's own training does: from a checkpoint that it loads, or the network as it is made.
+        """
+        loader = loader_of(trainer)
+        retain = with_repeats(forget.retain_loader(loader, training=True), loader)
+        # Where an epoch of theirs is no pass over their data, it stays the same part of a pass.
+        length = max(1, math.ceil((trainer.state.epoch_length or len(loader)) * len(retain) / len(loader)))
+        start = self.bundle.initial_checkpoint(original) or trainer.network.state_dict()
+        Retrain(forget, initial_state=start, loader=retain).attach(trainer)
+
+        def set_length() -> None:
+            trainer.state.epoch_length = length
+
+        trainer.add_event_handler(Events.STARTED, set_length)
 
     def _retrained(
-        self, index: pd.DataFrame, resolution: Resolution, forget: ForgetSet, checkpoint: Checkpoint
+        self, index: pd.DataFrame, resolution: Resolution, forget: ForgetSet, original: Path
     ) -> tuple[nn.Module, Cost]:
         """A network trained by the bundle's own recipe, schedules included, without the forget samples."""
         set_determinism(self.settings["seed"])
-        trainer, _ = self.bundle.engines(keep_schedules=True)
+        trainer, _ = self._engines(keep_schedules=True)
         _tag(trainer, index, resolution)
-        Retrain(forget, initial_state=self._initial_state(trainer)).attach(trainer)
+        self._start_again(trainer, forget, original)
         return trainer.network, run_trainer(trainer, "retrained")
 
     def _attack(self, splits: dict[str, SplitResult], patients: np.ndarray | None) -> dict[str, float]:
@@ -303,16 +364,16 @@ def _held_out(
 ) -> tuple[DataLoader, dict | None]:
     """The validation data, without people who are to be forgotten where that is asked for."""
     loader, validation = loader_of(theirs), _validation_index(theirs, settings)
-    if validation is None:
+    common = [] if validation is None else [n for n in ("file", "patient") if n in index and n in validation]
+    if validation is None or not common:
         return loader, None
     same = np.zeros(len(validation), dtype=bool)
     people: set = set()
-    for name in ("file", "patient"):
-        if name in index and name in validation:
-            forgotten = set(index[name].iloc[resolution.positions].dropna())
-            hits = validation[name].isin(forgotten).to_numpy()
-            same |= hits
-            people |= set(validation[name][hits]) if name == "patient" else set()
+    for name in common:
+        forgotten = set(index[name].iloc[resolution.positions].dropna())
+        hits = validation[name].isin(forgotten).to_numpy()
+        same |= hits
+        people |= set(validation[name][hits]) if name == "patient" else set()
     if same.any() and settings["overlap"] == "refuse":
         raise ValueError(
             f"{int(same.sum())} validation images are of people to be forgotten, though validation is to show how the "
@@ -331,11 +392,17 @@ def _held_out(
 
 def _task(trainer: SupervisedTrainer, theirs: SupervisedEvaluator) -> _Task:
     """Refuse what is no classification, by the shapes of a first batch."""
-    batch = next(iter(theirs.data_loader))
-    inputs, labels, args, kwargs = _prepared(theirs, batch)
     trainer.network.eval()
-    with torch.no_grad():
-        outputs = theirs.inferer(inputs, trainer.network, *args, **kwargs)
+    try:
+        batch = next(iter(theirs.data_loader))
+        inputs, labels, args, kwargs = _prepared(theirs, batch)
+        with torch.no_grad():
+            outputs = theirs.inferer(inputs, trainer.network, *args, **kwargs)
+    except Exception as error:  # its text may name an image, and so perhaps a patient
+        raise ValueError(
+            f"The bundle's evaluator can't put its first batch through the network ({type(error).__name__}). Run the "
+            "bundle's own training for one epoch to see why."
+        ) from None
     binary = isinstance(trainer.loss_function, BINARY)
     shape = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
     wanted = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
@@ -394,6 +461,7 @@ def _evaluator(
         amp=theirs.amp,
         decollate=False,
     )
+    evaluator.logger = quiet
     if on_terminal():
         ProgressBar(desc="evaluation").attach(evaluator)
     return evaluator
@@ -405,7 +473,7 @@ def _own_metrics(theirs: SupervisedEvaluator) -> dict[str, float]:
     return {name: float(value) for name, value in theirs.state.metrics.items() if np.ndim(value) == 0}
 
 
-def _notes(dataset: Any, own: dict[str, dict[str, float]]) -> list[str]:
+def _notes(dataset: Any, own: dict[str, dict[str, float]], compared: bool) -> list[str]:
     notes = [
         "The bundle has no test set: its validation set stands for both. Where the original was chosen on it, its "
         "figures there are optimistic."
@@ -413,6 +481,11 @@ def _notes(dataset: Any, own: dict[str, dict[str, float]]) -> list[str]:
     for name, value in own["before"].items():
         after = own["after"][name]
         notes.append(f"The bundle's own {name} on its validation data: {value:.4f} before, {after:.4f} after.")
+    if not compared:
+        notes.append(
+            "The bundle's validation data has no records of whose images they are: whether there are people of the "
+            "request among them was not checked."
+        )
     inner = dataset
     while isinstance(inner, (Subset, TaggedDataset)):
         inner = inner.dataset

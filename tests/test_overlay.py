@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ import pytest
 import torch
 from ignite.metrics import Loss
 from monai.bundle import ConfigParser, run
+from monai.data import Dataset, ThreadDataLoader
 from monai.handlers import CheckpointSaver, LrScheduleHandler, StatsHandler, ValidationHandler
 from zoo_bundles import IMAGES, PATIENTS, train, write_bundle, write_images
 
-from monai_unlearn.__main__ import main
+from monai_unlearn.__main__ import HELP, main
 from monai_unlearn.bundle import bundle_path, unwrapped
-from monai_unlearn.foreign import FLAG, ForeignBundle, TaggedDataset
+from monai_unlearn.foreign import FLAG, ForeignBundle, TaggedDataset, with_repeats
 from monai_unlearn.methods import unwrapped_handlers
 
 OVERLAY = str(bundle_path("overlay"))
@@ -115,8 +118,11 @@ def test_nothing_of_theirs_changes_and_their_evaluation_loads_the_result(
     assert any(not torch.equal(unlearned[name], value) for name, value in original.items())
 
 
-def test_no_name_of_a_forgotten_image_is_written_or_printed(zoo: Zoo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_name_of_a_forgotten_image_is_written_or_printed(
+    zoo: Zoo, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     zoo.unlearn()
+    assert not [record for record in caplog.records if record.name.startswith(("ignite", "monai_unlearn.engines"))]
     printed = capfd.readouterr()
     written = b"".join(path.read_bytes() for path in (zoo.folder / "out").rglob("*") if path.is_file())
     for name in ("Zoo-0", "view1.png", "view1"):
@@ -135,7 +141,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "workers": {"loader": {"num_workers": 2}},
     "plain data set": {"dataset": {"_target_": "Dataset"}},
     "mixed precision": {"trainer": {"amp": True}},
-    "metric logger in the checkpoint": {"save_dict": "{'model': @network, 'log': monai.handlers.MetricLogger()}"},
     "two findings": {"labels": "findings", "loss": {"_target_": "torch.nn.BCEWithLogitsLoss"}},
     "one finding": {"labels": "finding", "loss": {"_target_": "torch.nn.BCEWithLogitsLoss"}, "network": "one output"},
     "persistent data set": {"dataset": {"_target_": "PersistentDataset", "cache_dir": "@cache_dir"}},
@@ -147,6 +152,40 @@ def test_bundles_of_many_kinds(name: str, tmp_path: Path, images: Path) -> None:
     report = make(tmp_path, images, **VARIANTS[name]).unlearn(method="saliency")
     assert report["models"]["unlearned"]["forget"]["n"] == 2 * IMAGES
     assert report["request"]["images"] == 2 * IMAGES
+
+
+def test_a_checkpoint_with_a_filled_metric_logger_is_read(tmp_path: Path, images: Path) -> None:
+    """Losses are MetaTensors, metrics NumPy's numbers in a defaultdict; the handlers' list refers to the logger."""
+    config = write_bundle(tmp_path / "theirs", images)
+    content = json.loads(config.read_text())
+    loss = "$lambda output: output['loss']"
+    content["log"] = {"_target_": "MetricLogger", "loss_transform": loss, "evaluator": "@validate::evaluator"}
+    content["train"]["handlers"][:0] = ["@log"]
+    content["train"]["handlers"][4]["save_dict"] = "${'model': @network, 'optimizer': @optimizer, 'log': @log}"
+    config.write_text(json.dumps(content))
+    train(config)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(config.parents[1] / "models" / "final.pt", weights_only=True)
+    Zoo(config, tmp_path).unlearn(original_checkpoint=str(config.parents[1] / "models" / "final.pt"))
+    assert torch.load(tmp_path / "out" / "unlearned_model.pt", weights_only=True).keys() == {"model"}
+
+
+def test_batches_given_twice_are_given_twice_to_the_reference_too(zoo: Zoo) -> None:
+    twice = {"_target_": "ThreadDataLoader", "dataset": "@train::dataset", "batch_size": 8, "repeats": 2}
+    other = changed(zoo, train={"dataloader": {**twice, "shuffle": True, "num_workers": 0}})
+    report = other.unlearn(reference=True)
+    assert report["cost"]["unlearn"]["backward"] == 2 * TRAIN, "an epoch is a whole pass"
+    assert report["cost"]["retrain"]["backward"] == 4 * (TRAIN - 2 * IMAGES), "by their recipe, half a pass"
+    like = ThreadDataLoader(Dataset([{"a": i} for i in range(8)]), batch_size=2, repeats=2, num_workers=0)
+    part = torch.utils.data.DataLoader(Dataset([{"a": i} for i in range(5)]), batch_size=2)
+    assert [batch["a"].tolist() for batch in with_repeats(part, like)] == [[0, 1], [0, 1], [2, 3], [2, 3], [4], [4]]
+    assert with_repeats(part, part) is part
+
+
+def test_an_epoch_of_theirs_that_is_no_pass_stays_so_in_the_reference_alone(zoo: Zoo) -> None:
+    report = zoo.unlearn(reference=True, **{"train::trainer::epoch_length": 2})
+    assert report["cost"]["unlearn"]["backward"] == TRAIN
+    assert report["cost"]["retrain"]["backward"] == 4 * 2 * 8
 
 
 def test_images_in_nifti_files(tmp_path: Path) -> None:
@@ -180,6 +219,30 @@ def test_their_dataset_keeps_what_it_has_cached(zoo: Zoo) -> None:
     assert all(FLAG not in item for item in dataset._cache)
     assert FLAG not in dataset[0]
     assert FLAG not in dataset.data[0]
+
+
+def data_of(zoo: Zoo) -> str:
+    return json.loads(zoo.config.read_text())["train"]["dataset"]["data"].removeprefix("$")
+
+
+def test_a_plain_list_of_loaded_images_will_do(zoo: Zoo) -> None:
+    """There are no records then; the file is what the reader noted, the patient stands in the items."""
+    made = f"$[@train::preprocessing(record) for record in {data_of(zoo)}]"
+    other = changed(zoo, train={"dataset": made})
+    report = other.unlearn()
+    assert report["models"]["unlearned"]["forget"]["n"] == 2 * IMAGES
+    report = other.unlearn({"unit": "image", "include": [{"file": ["Zoo-002/view1.png"]}]})
+    assert report["request"]["images"] == 1
+    half = {"train::dataloader::dataset": "$torch.utils.data.Subset(@train::dataset, list(range(24)))"}
+    assert other.unlearn(**half)["models"]["unlearned"]["retain"]["n"] == 24 - 2 * IMAGES
+
+
+def test_a_partition_of_their_list_is_what_a_request_finds_images_in(zoo: Zoo) -> None:
+    part = f"$monai.data.partition_dataset({data_of(zoo)}, num_partitions=2, shuffle=True)[0]"
+    report = zoo.unlearn({"include": [{"patient": ["Zoo-001"]}]}, **{"train::dataset::data": part})
+    figures = report["models"]["unlearned"]
+    assert 0 < figures["forget"]["n"] < IMAGES
+    assert figures["forget"]["n"] + figures["retain"]["n"] == TRAIN // 2
 
 
 def test_a_subset_is_tagged_where_it_is(zoo: Zoo) -> None:
@@ -217,12 +280,87 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "no request": ({"forget_request": None}, "--unlearning::forget_request FILE"),
     "no such trainer": ({"trainer": "train#trainr"}, r"no train::trainr.*there are: train::trainer"),
     "no such evaluator": ({"evaluator": "validat"}, r"no validat.*there are: validate::evaluator"),
-    "no such patient key": ({"patient_key": "mrn"}, "The records have no 'mrn'; they have image, label, patient_id"),
+    "no such patient key": ({"patient_key": "mrn"}, "no 'mrn'; they have image, label, patient_id.*::patient_key"),
+    "no such image key": ({"image_key": "img"}, "no 'img'; they have image, label, patient_id.*::image_key"),
+    "no such label key": ({"label_key": "class"}, "no 'class'; they have image, label, patient_id.*::label_key"),
+    "no path in the records": ({"image_key": "sex", "request": {"include": [{"file": ["a.png"]}]}}, "match none"),
     "no original": ({"original_checkpoint": "nowhere.pt"}, "does not exist"),
     "lr of zero": ({"lr": 0}, "unlearning::lr should be a number greater than 0"),
     "another network": ({"network_def::block_inplanes": [8, 8, 8, 8]}, "of another network"),
-    "image key": ({"image_key": "img", "request": {"include": [{"file": ["a.png"]}]}}, "'file'"),
+    "no transforms": ({"train::preprocessing::transforms": []}, "hold the path of 'image' and no image"),
 }
+
+
+def test_what_fails_in_a_run_is_raised_though_a_saver_of_theirs_would_have_caught_it(zoo: Zoo) -> None:
+    """As long as there is a handler of exceptions, even none any more under its event, Ignite raises nothing."""
+    with pytest.raises(FloatingPointError, match="loss should be finite"):
+        zoo.unlearn(lr=1e30)
+    assert not (zoo.folder / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["CacheDataset", "Dataset"])
+def test_an_image_that_is_gone_already_is_not_named(
+    kind: str, zoo: Zoo, images: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = zoo.folder / "images"
+    shutil.copytree(images, copy)
+    (copy / "Zoo-001" / "view0.png").unlink()
+    dataset = {"_target_": kind, "data": f"${data_of(zoo)}", "transform": "@train::preprocessing"}
+    with pytest.raises(ValueError, match="can't be read") as error:
+        zoo.unlearn(dataset_dir=str(copy), **{"train::dataset": dataset})
+    shown = "".join(traceback.format_exception(error.value))
+    assert "view0" not in shown + "".join(capfd.readouterr())
+
+
+def test_a_reference_does_not_start_from_the_original(zoo: Zoo) -> None:
+    loader = {"_target_": "CheckpointLoader", "load_path": "$@ckpt_dir + '/model.pt'", "load_dict": None}
+    handlers = [*json.loads(zoo.config.read_text())["train"]["handlers"], loader]
+    other = changed(zoo, train={"handlers": handlers})
+    with pytest.raises(ValueError, match=r"the original itself.*--train::handlers::5::_disabled_ True"):
+        other.unlearn(reference=True)
+    assert other.unlearn()["models"]["retrained"] is None
+    report = other.unlearn(reference=True, **{"train::handlers::5::_disabled_": True})
+    assert report["models"]["retrained"] is not None
+
+
+def test_an_original_that_is_not_there_is_asked_for_with_what_is(zoo: Zoo) -> None:
+    other = changed(zoo)
+    (other.root / "models" / "model.pt").rename(other.root / "models" / "best.pt")
+    (other.root / "models" / "final.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"--unlearning::original_checkpoint FILE.*there are: .*best\.pt"):
+        other.unlearn()
+
+
+def test_validation_data_without_records_is_used_and_noted(zoo: Zoo) -> None:
+    loaded = "$Bare(@validate::dataset)"
+    bare = "$from test_overlay import Bare"
+    content = json.loads(zoo.config.read_text())
+    loader = {**content["validate"]["dataloader"], "dataset": loaded}
+    other = changed(zoo, imports=[*content["imports"], bare], validate={"dataloader": loader})
+    report = other.unlearn()
+    assert any("was not checked" in note for note in report["notes"])
+    assert report["request"]["overlap"] is None
+
+
+class Bare(torch.utils.data.Dataset):
+    """A data set of which nothing is known but its items."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[index]
+
+
+def test_the_overlay_may_stand_first(zoo: Zoo) -> None:
+    assert zoo.unlearn(overlay_first=True)["request"]["images"] == 2 * IMAGES
+
+
+def test_the_second_door_has_every_setting() -> None:
+    assert list(HELP) == list(json.loads(Path(OVERLAY).read_text())["unlearning"])
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -234,6 +234,28 @@ def write_bundle(
         "run": ["$@validate::evaluator.run()"],
     }
     (configs / "evaluate.json").write_text(json.dumps(evaluate))
+    inference = {
+        **{key: config[key] for key in ("imports", "bundle_root", "dataset_dir", "device", "network_def", "network")},
+        "dataset": config["validate"]["dataset"] | {"transform": {"_target_": "Compose", "transforms": transforms}},
+        "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 8},
+        "handlers": [
+            {
+                "_target_": "CheckpointLoader",
+                "load_path": "$@bundle_root + '/models/model.pt'",
+                "load_dict": "${'model': @network}",
+            }
+        ],
+        "evaluator": {
+            "_target_": "SupervisedEvaluator",
+            "device": "@device",
+            "val_data_loader": "@dataloader",
+            "network": "@network",
+            "inferer": {"_target_": "SimpleInferer"},
+            "val_handlers": "@handlers",
+        },
+        "run": ["$@evaluator.run()"],
+    }
+    (configs / "inference.json").write_text(json.dumps(inference))
     return path
 
 

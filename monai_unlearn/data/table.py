@@ -77,8 +77,9 @@ def read_table(
 
     Raises:
         FileNotFoundError: if the folder or the table does not exist.
-        ValueError: if folder or table are not given, the table can't be read or lacks a column, a file appears twice, a label or split is none, files
-            are broken, or there are too few patients to split. Neither files nor patients are named.
+        ValueError: if folder or table are not given, the table can't be read or lacks a column, a file appears twice, a
+            label or split is none, files are broken, or there are too few patients to split. Neither files nor patients
+            are named.
     """
     check_on_broken(on_broken)
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
