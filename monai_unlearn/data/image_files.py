@@ -23,6 +23,7 @@ from monai.utils import convert_to_tensor
 from PIL import Image
 from torch.utils.data import Dataset
 
+from monai_unlearn.checkpoint import save_atomically
 from monai_unlearn.data.image_data import ImageFiles
 
 __all__ = ["FileImages", "GreyImage", "file_dataset", "remove_cached"]
@@ -310,12 +311,7 @@ class _DiskCache(PersistentDataset):
                 f"patient, but {', '.join(odd)} is neither. Leave image_only of LoadImaged as it is, or use another "
                 "cache."
             )
-        part = file.with_name(f"{name}.{os.getpid()}.part")
-        try:
-            torch.save(item, part)
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
+        save_atomically(item, file)
         return item
 
 

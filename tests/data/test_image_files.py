@@ -473,7 +473,7 @@ def test_a_file_of_the_cache_is_there_as_a_whole_or_not_at_all(
         patch.setattr(os, "replace", lambda *files: seen.append(_cached(tmp_path)) or full(None, Path(os.devnull)))
         with pytest.raises(OSError, match="No space left"):
             dataset[2]
-    assert all(len(names) == 1 and names[0].endswith(".part") for names in seen[:2])
+    assert all(len(names) == 1 and names[0].endswith(f".pt.part{os.getpid()}") for names in seen[:2])
     assert _cached(tmp_path) == []
     assert _same(dataset[2], make("none")[2])
     [name] = _cached(tmp_path)
@@ -586,7 +586,7 @@ def test_what_an_interrupted_write_left_goes_too(
 ) -> None:
     _fill(make("disk"))
     for name in _cached(tmp_path):
-        (tmp_path / "cache" / name.replace(".pt", ".77.part")).touch()
+        (tmp_path / "cache" / name.replace(".pt", ".pt.part77")).touch()
     assert remove_cached(source, [4], tmp_path / "cache") == 4
     assert len(_cached(tmp_path)) == 8
 
