@@ -191,7 +191,7 @@ BATCH_NORM = {"_target_": "monai_unlearn.methods.BatchNormPolicy", "forget": "@f
 RANDOM_LABELING = {
     "_target_": "monai_unlearn.methods.RandomLabeling",
     "forget": "@forget",
-    "num_classes": "$@data.num_classes",
+    "num_classes": "$None if @data.multi_label else @data.num_classes",
     "seed": "@seed",
 }
 SALIENCY_MASK = {

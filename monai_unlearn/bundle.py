@@ -38,7 +38,7 @@ __all__ = [
 # Keys that a bundle may have beside those of its file, given by MONAI's own command.
 COMMON_KEYS = {"bundle_root", "workflow_type", "_meta_", "_requires_"}
 # What does not change which model a recipe gives.
-NOT_RECIPE = {"data", "split", "forget", "bundle", "device", "seed", "train_seed", "cache", "cache_dir"}
+NOT_RECIPE = {"data", "split", "forget", "bundle", "device", "seed", "train_seed", "cache", "cache_dir", "num_workers"}
 POSITIVE = ("lr", "epochs", "batch_size", "train_lr", "train_epochs")
 
 
@@ -248,12 +248,19 @@ def readable_errors() -> Iterator[None]:
     MONAI wraps every error of a config in others, so that the message that helps stands in the middle of sixty
     lines. In Python code, errors are raised as they are.
     """
+    command = Path(sys.argv[0]).parts[-3:] == ("monai", "bundle", "__main__.py")
+    if command:
+        logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it says each error once more
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
-        if Path(sys.argv[0]).parts[-3:] != ("monai", "bundle", "__main__.py"):
+        if not command:
             raise
-        raise SystemExit(f"\nmonai_unlearn: {error}") from error
+        # What a process that loads images raised comes with its traceback, of which the last line is the message.
+        text = str(error)
+        if text.startswith("Caught ") and "\nOriginal Traceback" in text:
+            text = text.strip().rpartition("\n")[2].partition(": ")[2]
+        raise SystemExit(f"\nmonai_unlearn: {text}") from error
 
 
 def unwrapped(error: BaseException) -> BaseException:

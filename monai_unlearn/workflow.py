@@ -62,7 +62,7 @@ class _Run:
             "Data: %s, %d %s, %d training images%s",
             data.name,
             data.num_classes,
-            "findings" if data.multi_label else "classes",
+            ("finding" if data.num_classes == 1 else "findings") if data.multi_label else "classes",
             len(data.train),
             "" if patients is None else f" of {len(np.unique(people(patients)))} patients",
         )
@@ -149,7 +149,11 @@ def unlearn(bundle: Bundle) -> None:
             len(run.split.retain),
         )
         with replaced_folder(output) as folder:
-            report, scores = _unlearn_into(folder, run)
+            try:
+                report, scores = _unlearn_into(folder, run)
+            except BaseException:
+                _without_cached_copies(run)
+                raise
             write_json(report, folder / "report.json")
             (folder / "report.html").write_text(render_html(report, scores), encoding="utf-8")
         logger.info("\n%s\n", terminal_table(report))

@@ -431,6 +431,21 @@ def test_under_monais_command_an_error_ends_in_its_message(
         raise error("the lr is too high")
 
 
+class _Broken(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        raise ValueError("Image 0 could not be read. Restore it: a hint.")
+
+
+def test_an_error_of_a_loading_process_ends_in_its_message_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lib/monai/bundle/__main__.py"])
+    with pytest.raises(SystemExit) as caught, readable_errors():
+        list(torch.utils.data.DataLoader(_Broken(), num_workers=1))
+    assert str(caught.value) == "\nmonai_unlearn: Image 0 could not be read. Restore it: a hint."
+
+
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, FloatingPointError, RuntimeError, KeyboardInterrupt])
 def test_in_python_an_error_is_raised_as_it_is(error: type[BaseException]) -> None:
     raised = error("the lr is too high")

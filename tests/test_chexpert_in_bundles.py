@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from monai_unlearn.bundle import bundle_path
 from monai_unlearn.checkpoint import load_checkpoint
-from monai_unlearn.data import FileImages, read_chexpert
+from monai_unlearn.data import FileImages, read_chexpert, remove_cached
 
 pytest_plugins = ["bundle_runs"]
 
@@ -211,6 +211,28 @@ def test_decoded_copies_of_the_forgotten_go_from_the_cache_on_disk(hospital: Hos
     assert len(list((hospital.folder / "cache").iterdir())) == left
     forgotten = original["forget"]["n"]
     assert f"{forgotten} decoded copies" in " ".join(report["notes"])
+
+
+def test_a_run_that_fails_leaves_no_decoded_copy_of_the_forgotten(hospital: Hospital) -> None:
+    data = read_chexpert(hospital.dataset_dir, FINDINGS)
+    with pytest.raises(RuntimeError) as caught:
+        hospital.unlearn(cache="disk", cache_dir="cache", lr=1e30)
+    assert "finite" in messages(caught.value)
+    left = len(list((hospital.folder / "cache").iterdir()))
+    assert 0 < left < sum(map(len, data.parts().values()))
+    assert remove_cached(data.train, range(len(data.train)), hospital.folder / "cache") < len(data.train)
+    assert (hospital.folder / "cache").stat().st_mode & 0o077 == 0
+
+
+def test_one_finding_is_enough(hospital: Hospital) -> None:
+    hospital.bundle("train", "train", findings=["Edema"])
+    report = hospital.unlearn("saliency", findings=["Edema"])
+    assert list(report["models"]["unlearned"]["test"]["auroc_per_finding"]) == ["Edema"]
+
+
+def test_the_number_of_workers_belongs_to_no_recipe(hospital: Hospital) -> None:
+    report = hospital.unlearn(num_workers=1)
+    assert Path(report["provenance"]["original_checkpoint"]) == hospital.original().relative_to(hospital.folder)
 
 
 def test_each_image_is_decoded_once_with_a_cache(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -427,9 +427,9 @@ def _power(validation: ImageFiles, usual_patients: float, held_out: bool) -> str
         "Every other image of train.csv counts as one that the given checkpoint was trained on. Images that it never "
         f"saw: {len(validation)} images of {patients} patients {origin}. Half of them are for choices; the other half, "
         f"about {patients // 2} patients, is for all figures on unseen images. An attack's AUC can be told from 0.5 "
-        f"only when it is more than about {_margin(patients):.3f} away (95 %), however many images were forgotten. For "
-        f"a model of one's own, validated on a part of train.csv, that would be {_margin(usual_patients):.3f}, from "
-        f"about {round(usual_patients) // 2} patients."
+        f"only when it is more than about {_margin(patients):.3f} away (95 %), with few forgotten images even farther. "
+        "For a model of one's own, validated on a part of train.csv, that would be "
+        f"{_margin(usual_patients):.3f}, from about {round(usual_patients) // 2} patients."
     )
 
 

@@ -221,7 +221,7 @@ def _header(file: BinaryIO) -> dict[str, Any] | str:
     data = read_partial(file, at_pixels, specific_tags=list(TAGS))
     left = os.fstat(file.fileno()).st_size - file.tell()
     if length is None or data.get("Modality") in ("SEG", "RTDOSE"):
-        return NO_IMAGE
+        return UNREADABLE if length is None and _should_have_pixels(data) else NO_IMAGE
     row: dict[str, Any] = {name: _text(data.get(keyword)) for name, keyword in ATTRIBUTES.items()}
     if row["patient"] is None:
         return NO_PATIENT
@@ -238,6 +238,11 @@ def _header(file: BinaryIO) -> dict[str, Any] | str:
     if length != UNDEFINED and (length < get_expected_length(data) or (not deflated and length > left)):
         return CUT_SHORT
     return row
+
+
+def _should_have_pixels(data: pydicom.Dataset) -> bool:
+    """Whether a file that ends before any pixels was an image."""
+    return pydicom.uid.UID(str(data.file_meta.get("MediaStorageSOPClassUID", ""))).name.endswith("Image Storage")
 
 
 def _text(value: Any) -> str | None:

@@ -282,6 +282,8 @@ class _DiskCache(PersistentDataset):
     """A ``PersistentDataset`` by image and transforms alone, whose files appear whole or not at all."""
 
     def __init__(self, source: ImageFiles, records: Sequence, transform: Compose, cache_dir: str | os.PathLike) -> None:
+        if not os.path.exists(cache_dir):
+            os.makedirs(cache_dir, mode=0o700)  # as private as the images
         super().__init__(records, transform, Path(cache_dir))
         try:
             steps = _hash_of(os.path.abspath(source.root), transform.transforms)

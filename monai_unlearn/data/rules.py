@@ -37,6 +37,7 @@ COMPARISON = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
+ID_COLUMNS = ("patient", "study", "series", "instance", "file")
 NUMBERS = {"integer", "floating", "mixed-integer-float", "boolean"}
 
 # Strings are matched too, so that a backtick within one is left alone.
@@ -71,7 +72,8 @@ def rows_where(rule: str, index: pd.DataFrame, place: str = "rule") -> np.ndarra
         Boolean array with a value for each row.
 
     Raises:
-        ValueError: as ``check_rule``; if a column is not there, or is compared with a value of another kind.
+        ValueError: as ``check_rule``; if a column is not there, or is compared with a value of another kind, or with
+            text that it has nowhere.
     """
     return _rows(_parse(rule, place), False, index, place)
 
@@ -216,8 +218,25 @@ def _holds(values: np.ndarray, kind: type, wanted: Any, name: str, place: str) -
     found = values[known]
     if not is_text and found.dtype == object:
         found = np.array(found.tolist())
+    if is_text:
+        _refuse_unknown(wanted if isinstance(wanted, list) else [wanted], found, name, place)
     if kind in COMPARISON:
         holds[known] = COMPARISON[kind](found, wanted)
     else:
         holds[known] = pd.Series(found).isin(wanted).to_numpy() == (kind is ast.In)
     return holds
+
+
+def _refuse_unknown(wanted: list[str], found: np.ndarray, name: str, place: str) -> None:
+    """A value that occurs nowhere is a slip, and with ``!=`` or ``or`` it would select the wrong people unnoticed."""
+    values = pd.unique(found)
+    unknown = set(wanted) - set(values)
+    if not unknown or not len(values):
+        return
+    # Values that many rows share are names of groups, not of people.
+    groups = name not in ID_COLUMNS and len(values) <= 20 and len(found) >= 5 * len(values)
+    raise ValueError(
+        f"{place} should compare column {name!r} with values that it has, but {len(unknown)} of {len(set(wanted))} it "
+        "has nowhere. Upper and lower case differ."
+        + (f" There are: {', '.join(map(repr, sorted(values)))}." if groups else " Correct them, or leave them out.")
+    )

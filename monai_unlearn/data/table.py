@@ -183,7 +183,7 @@ def read_labels(labels_file: str | os.PathLike) -> pd.DataFrame:
     """Read a table as text, its columns under this package's names.
 
     Args:
-        labels_file: CSV, or with tabs if its name ends in ``.tsv``; UTF-8.
+        labels_file: CSV with commas or semicolons, or with tabs if its name ends in ``.tsv``; UTF-8.
 
     Raises:
         FileNotFoundError: if it does not exist.
@@ -193,7 +193,7 @@ def read_labels(labels_file: str | os.PathLike) -> pd.DataFrame:
     path = Path(labels_file)
     if not path.is_file():
         raise FileNotFoundError(f"labels_file should be a table, but got {str(labels_file)!r}. Check the path.")
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    separator = "\t" if path.suffix.lower() == ".tsv" else _separator(path)
     try:
         table = pd.read_csv(
             path,
@@ -221,6 +221,13 @@ def read_labels(labels_file: str | os.PathLike) -> pd.DataFrame:
     if "file" in table:
         table["file"] = table["file"].map(lambda file: posixpath.normpath(file.replace("\\", "/")), na_action="ignore")
     return table
+
+
+def _separator(path: Path) -> str:
+    """Semicolons where the header has them and no comma, as some spreadsheets write."""
+    with open(path, "rb") as file:
+        header = file.readline()
+    return ";" if b";" in header and b"," not in header else ","
 
 
 def labelled_data(

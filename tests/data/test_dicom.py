@@ -23,7 +23,14 @@ from monai.data import PydicomReader
 from monai.transforms import LoadImaged
 from pydicom.dataset import FileMetaDataset
 from pydicom.pixels import apply_modality_lut, apply_windowing, get_decoder
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, generate_uid
+from pydicom.uid import (
+    UID,
+    BasicTextSRStorage,
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    JPEGLSLossless,
+    generate_uid,
+)
 
 from monai_unlearn.data.dicom import dicom_index, read_dicom
 from monai_unlearn.data.dicom_pixels import DicomViewReader, as_displayed
@@ -45,7 +52,7 @@ def write(tmp_path: Path) -> Write:
     ) -> Any:
         pixels = np.arange(48, dtype=np.uint16).reshape(6, 8) if pixels is None else pixels
         meta = FileMetaDataset()
-        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = syntax, CTImageStorage
+        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = syntax, elements.get("SOPClassUID", CTImageStorage)
         meta.MediaStorageSOPInstanceUID = elements.get("SOPInstanceUID") or generate_uid()
         data = pydicom.FileDataset(name, {}, file_meta=meta, preamble=b"\0" * 128)
         values = {
@@ -217,8 +224,9 @@ def test_a_file_that_was_cut_off_is_never_taken(tmp_path: Path, write: Write, si
     file = tmp_path / "archive" / "cut.dcm"
     whole = file.read_bytes()
     file.write_bytes(whole[: min(size, len(whole) - 10)])
-    with_reason = dicom_index(tmp_path / "archive", on_broken="skip")
-    assert with_reason["file"].tolist() == ["good.dcm"]
+    with pytest.raises(ValueError, match=r"1 could not be read|1 with fewer pixels than the header says"):
+        dicom_index(tmp_path / "archive")
+    assert dicom_index(tmp_path / "archive", on_broken="skip")["file"].tolist() == ["good.dcm"]
 
 
 def test_reports_plans_and_segmentations_are_no_broken_images(
@@ -226,7 +234,7 @@ def test_reports_plans_and_segmentations_are_no_broken_images(
 ) -> None:
     caplog.set_level(logging.INFO)
     write("good.dcm")
-    write("report.dcm", Modality="SR", PixelData=None)
+    write("report.dcm", Modality="SR", PixelData=None, SOPClassUID=BasicTextSRStorage)
     write("segmentation.dcm", Modality="SEG")
     (tmp_path / "archive" / "table.csv").write_text("a,b")
     assert dicom_index(tmp_path / "archive")["file"].tolist() == ["good.dcm"]
@@ -395,7 +403,7 @@ def test_a_series_is_one_volume_in_the_order_of_its_slices(tmp_path: Path, write
         (lambda write: _slices(write, "a/below", PatientID="B"), "not alone in one folder"),
         (lambda write: write("z/x.dcm", SeriesInstanceUID="1.2.97", InstanceNumber=8), "not alone in one folder"),
         (lambda write: write("a/x.dcm", SeriesInstanceUID="1.2.97", PatientID=None), "a file that can't be used"),
-        (lambda write: write("a/x.dcm", PixelData=None, Modality="SR"), "a file that can't be used"),
+        (lambda write: write("a/x.dcm", PixelData=None, SOPClassUID=BasicTextSRStorage), "a file that can't be used"),
         (
             lambda write: write("a/x.dcm", np.zeros((5, 8), np.uint16), SeriesInstanceUID="1.2.97", InstanceNumber=8),
             "several sizes",

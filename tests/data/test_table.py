@@ -89,6 +89,14 @@ def test_tabs_aliases_capitals_and_a_byte_order_mark(folder: Path, table: Table)
     assert list(read_table(folder, file).train.patients) == ["P0", "P1", "P2", "P3"]
 
 
+def test_semicolons_of_a_spreadsheet(folder: Path, table: Table) -> None:
+    file = table()
+    plain = read_table(folder, file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b",", b";").replace(b"\n", b"\r\n"))
+    other = read_table(folder, file)
+    assert plain.digest() == other.digest()
+
+
 def test_studies_and_series_of_the_table_are_kept(folder: Path, table: Table) -> None:
     attributes = read_table(folder, table(study=list("aabbccdd"))).train.attributes
     assert attributes["study"].tolist() == list("aabb")
