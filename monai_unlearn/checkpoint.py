@@ -109,11 +109,15 @@ def load_checkpoint(path: str | os.PathLike, key: str | None = None) -> Checkpoi
                 f"{file.name} holds more than tensors: loading it would run code from the file. Save the network's "
                 "state_dict alone (torch.save(network.state_dict(), FILE)) where you trust the file."
             ) from None
-        raise ValueError(f"{file.name} could not be read as a checkpoint. It is damaged: get it again.") from error
+        raise ValueError(
+            f"{file.name} could not be read as a checkpoint. It is damaged, or none: get it again."
+        ) from error
     except PermissionError:
         raise
     except Exception as error:  # damage shows as whatever the unpickler trips over: TypeError, struct.error, …
-        raise ValueError(f"{file.name} could not be read as a checkpoint. It is damaged: get it again.") from error
+        raise ValueError(
+            f"{file.name} could not be read as a checkpoint. It is damaged, or none: get it again."
+        ) from error
 
     if key is None and isinstance(content, Mapping) and not _is_state(content):
         key = next((known for known in NETWORK_KEYS if isinstance(content.get(known), Mapping)), None)

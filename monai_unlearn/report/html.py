@@ -65,6 +65,8 @@ def _request(request: Mapping[str, Any] | None) -> dict[str, Any]:
     if (duplicates := request.get("duplicates")) is not None:
         rows["equal images among the training images, forgotten too"] = duplicates["training"]
         rows["equal images left out of the evaluation"] = duplicates["evaluation"]
+    elif "duplicates" in request:
+        rows["equal images under another name"] = "not looked for"
     if (overlap := request.get("overlap")) is not None:
         what = {"keep": "kept in the evaluation", "drop": "left out of the evaluation"}.get(overlap["option"], "")
         rows["validation and test images of the same patients"] = (

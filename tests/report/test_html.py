@@ -268,7 +268,10 @@ def test_of_a_request_only_what_is_known_is_told(render: Callable[..., str], req
     unknown = {**dict.fromkeys(request_figures), "images": 31, "entries": 1, "unmatched": 0}
     words = _Page(render(request=unknown)).words
     table = words.split("The request ")[1].split("What the words mean")[0]
-    assert table.strip() == ("entries 1 entries that matched nothing 0 may be met in part no images to be forgotten 31")
+    assert table.strip() == (
+        "entries 1 entries that matched nothing 0 may be met in part no images to be forgotten 31 "
+        "equal images under another name not looked for"
+    )
     assert "The request" not in _Page(render()).words
 
 
