@@ -31,6 +31,7 @@ __all__ = ["refuse_near_chance", "train", "unlearn"]
 
 logger = logging.getLogger("monai_unlearn")
 
+NO_TEST_SET = "There is no test set: the figures on validation and test set are those of the same images."
 # Balanced accuracy on its own training data, as the share of the way from chance to 1, below which something is
 # wrong with the transforms, the labels' order or the checkpoint rather than with the model.
 NEAR_CHANCE = 0.1
@@ -223,7 +224,7 @@ def _unlearn_into(folder: Path, run: _Run) -> tuple[dict, dict]:
         cost=cost,
         task="multi-label" if run.data.multi_label else "multi-class",
         request=split.request,
-        notes=[*run.data.notes, *_without_cached_copies(run)],
+        notes=[*run.data.notes, *([NO_TEST_SET] if run.data.test is None else []), *_without_cached_copies(run)],
         provenance={
             "original_checkpoint": str(original_path),
             "data": {"name": run.data.name, "sha256": run.data_digest},

@@ -159,6 +159,8 @@ def test_someone_elses_model_is_compared_on_valid_csv_and_the_report_says_what_t
     figures = report["models"]["original"]
     assert figures["forget"]["n"] + figures["retain"]["n"] == len(data.train)
     assert figures["validation"]["n"] < len(data.validation) == 24
+    assert figures["validation"] == figures["test"]
+    assert "There is no test set" in " ".join(report["notes"])
     assert "valid.csv" in " ".join(report["notes"])
     assert "can be told from 0.5 only when" in " ".join(report["notes"])
     assert "Every other image of train.csv" in (hospital.folder / "runs/random_labeling/report.html").read_text()
