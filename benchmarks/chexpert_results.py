@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from results import run
+from results import cells, run
 
 from monai_unlearn.bundle import bundle_path
 from monai_unlearn.metrics import average_gap
@@ -122,11 +122,7 @@ def markdown(table: pd.DataFrame) -> str:
     }
     lines = ["| forgotten | method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for (group, method), runs in table.groupby(["forget", "method"], sort=False):
-        cells = [
-            f"{scale * runs[name].mean():.{n}f} ± {scale * runs[name].std():.{n}f}"
-            for name, scale, n in columns.values()
-        ]
-        lines.append(f"| {group} | {method} | " + " | ".join(cells) + " |")
+        lines.append(f"| {group} | {method} | {cells(runs, columns)} |")
     lines += [
         "",
         "| difference | method | attack AUC, less the retrained model's | gap, points | test, points |",
@@ -136,12 +132,12 @@ def markdown(table: pd.DataFrame) -> str:
     wide = table.pivot(index=["method", "seed"], columns="forget", values=list(figures))
     for one, other in (("women", "men"), ("scanner A", "scanner B")):
         for method in ("untouched original", "saliency", "random_labeling"):
-            cells = []
+            differences = []
             for figure, n in figures.items():
                 values = wide.loc[method, (figure, one)] - wide.loc[method, (figure, other)]
                 seeds = ", ".join(f"{value:+.{n}f}" for value in values)
-                cells.append(f"{values.mean():+.{n}f} ({seeds})")
-            lines.append(f"| {one} less {other} | {method} | " + " | ".join(cells) + " |")
+                differences.append(f"{values.mean():+.{n}f} ({seeds})")
+            lines.append(f"| {one} less {other} | {method} | " + " | ".join(differences) + " |")
     return "\n".join(lines)
 
 

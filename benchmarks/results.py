@@ -12,7 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -106,12 +106,16 @@ def markdown(table: pd.DataFrame) -> str:
     }
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, runs in table.groupby("method", sort=False):
-        cells = [
-            f"{scale * runs[column].mean():.{digits}f} ± {scale * runs[column].std():.{digits}f}"
-            for column, scale, digits in columns.values()
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {cells(runs, columns)} |")
     return "\n".join(lines)
+
+
+def cells(runs: pd.DataFrame, columns: Mapping[str, tuple[str, float, int]]) -> str:
+    """Mean ± standard deviation of columns, each with a scale and a number of digits."""
+    return " | ".join(
+        f"{scale * runs[column].mean():.{digits}f} ± {scale * runs[column].std():.{digits}f}"
+        for column, scale, digits in columns.values()
+    )
 
 
 if __name__ == "__main__":

@@ -418,7 +418,7 @@ CONFIGS["dicom"] = files_part(
         RESIZED,
         {**FROM_BYTES, "a_max": 1},
     ],
-    [affine(0.26, "$0.05 * @image_size[0]", 0.05, spatial_dims=2)],
+    [affine(0.26, "$0.05 * @image_size[0]", 0.05)],
     network_part("DenseNet121"),
 )
 CONFIGS["nifti"] = files_part(
