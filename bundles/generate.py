@@ -138,6 +138,10 @@ COMPONENTS = {
         },
     },
 }
+# Columns by which figures are broken down (by default those of the usual names), and handlers of MONAI's that are given
+# the report's numbers: TensorBoardStatsHandler, MLFlowHandler.
+REPORT = {"subgroups": None}
+HANDLERS = {"report_handlers": []}
 PRED_AND_LABEL = {"_target_": "monai.handlers.from_engine", "keys": ["pred", "label"]}
 EVALUATOR = {
     "evaluator": {
@@ -226,8 +230,10 @@ def method_config(name: str, settings: dict, methods: list[dict], **changes: obj
         "original_checkpoint": None,
         "network_key": None,
         "reference": True,
+        "reference_models": 2,
         **settings,
         **RECIPE,
+        **REPORT,
         "output_dir": f"runs/{name}",
     }
     return {
@@ -237,6 +243,7 @@ def method_config(name: str, settings: dict, methods: list[dict], **changes: obj
         **EVALUATOR,
         "methods": methods,
         **UNLEARNING,
+        **HANDLERS,
         **changes,
     }
 
@@ -264,6 +271,34 @@ CONFIGS = {
         optimizer="@recipe::optimizer",
         trainer={**UNLEARNING["trainer"], "max_epochs": "@train_epochs"},
     ),
+}
+# The audit of any models: no method, but a trainer all the same, with which relearning is timed.
+CONFIGS["audit"] = {
+    "run": None,
+    "original": None,
+    "unlearned": None,
+    "retrained": None,
+    "network_key": None,
+    **DATA,
+    **REQUEST,
+    "original_checkpoint": None,
+    "reference": True,
+    "reference_models": 2,
+    "relearn_epochs": 10,
+    "shadow_models": 0,
+    "curve_runs": None,
+    "lr": STEPS["lr"],
+    **RECIPE,
+    **REPORT,
+    "output_dir": "runs/audit",
+    **COMPONENTS,
+    "reference_seed": "@seed",
+    **EVALUATOR,
+    "methods": [],
+    **{key: value for key, value in UNLEARNING.items() if key != "unlearn"},
+    "trainer": {**UNLEARNING["trainer"], "max_epochs": 1},
+    **HANDLERS,
+    "audit": {"_target_": "monai_unlearn.auditing.audit", "bundle": "@bundle"},
 }
 # Parts that are added to any of the above: --config_file "['bundles/saliency.json','bundles/chexpert.json']".
 MULTI_LABEL = {

@@ -1,4 +1,4 @@
-"""``python -m monai_unlearn``: paths of the bundle configs, and unlearning in a training bundle of your own."""
+"""``python -m monai_unlearn``: bundle configs, unlearning in a bundle of your own, removal of what a run left."""
 
 from __future__ import annotations
 
@@ -50,6 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bundle.add_argument("--config_file", help="its training config, if it is another")
     for name, text in HELP.items():
         bundle.add_argument(f"--{name}", help=text, required=name == "forget_request")
+    finalise = commands.add_parser(
+        "finalise",
+        help="remove what a run left that holds forget data, or weights from before",
+        description="Remove what the report of a run lists as left and ours: masks and keys, the original model where "
+        "a run has trained it, scores of shadow models, searches for equal images, earlier runs' models. Nothing of "
+        "yours is touched: your own checkpoints are named, and you decide on them. The report is written anew. There "
+        "is no way back: --dry_run shows first what would go.",
+    )
+    finalise.add_argument("run", metavar="RUN", help="folder of the run, that is its --output_dir")
+    finalise.add_argument("--dry_run", action="store_true", help="say what would be removed, and remove nothing")
     chosen, further = parser.parse_known_args(arguments)
     if further and chosen.command != "bundle":
         parser.error(f"unrecognized arguments: {' '.join(further)}")
@@ -58,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from monai_unlearn.bundle import bundle_path  # only now: --help should not wait for PyTorch
 
             print(bundle_path(chosen.name))
+        elif chosen.command == "finalise":
+            from monai_unlearn.finalise import finalise as remove
+            from monai_unlearn.report import render_html
+
+            return 0 if remove(chosen.run, render_html, dry_run=chosen.dry_run) else 2
         else:
             _unlearn(chosen, _overrides(further))
     except (ValueError, OSError, FloatingPointError) as error:

@@ -38,7 +38,10 @@ __all__ = [
 # Keys that a bundle may have beside those of its file, given by MONAI's own command.
 COMMON_KEYS = {"bundle_root", "workflow_type", "_meta_", "_requires_"}
 # What does not change which model a recipe gives.
-NOT_RECIPE = {"data", "split", "forget", "bundle", "device", "seed", "train_seed", "cache", "cache_dir", "num_workers"}
+NOT_RECIPE = {
+    *("data", "split", "forget", "bundle", "device", "seed", "train_seed", "cache", "cache_dir", "num_workers"),
+    *("output_dir", "private_dir"),
+}
 POSITIVE = ("lr", "epochs", "batch_size", "train_lr", "train_epochs")
 
 
@@ -189,13 +192,15 @@ class Bundle:
             raise raised from raised.__cause__
         return built[0] if len(built) == 1 else built
 
-    def recipe_hash(self, *parts: str) -> str:
+    def recipe_hash(self, *parts: str, of: Sequence[str] = ("recipe",)) -> str:
         """Hash of everything in the config that the recipe's model depends on, and of further parts.
 
         Args:
             parts: what else it depends on: data, split and seed.
+            of: the components that make the model, where these are not the recipe alone.
         """
-        relevant = {key: self.config[key] for key in self._references("recipe", NOT_RECIPE)}
+        keys = set().union(*(self._references(key, NOT_RECIPE) for key in of))
+        relevant = {key: self.config[key] for key in keys}
         content = json.dumps([relevant, parts], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 

@@ -25,11 +25,20 @@ from monai.utils import CommonKeys, set_determinism
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from monai_unlearn.auditing import figures_and_audit, say_results, write_report
 from monai_unlearn.bundle import bundle_path, hint, readable_errors, running_workflow, typed
 from monai_unlearn.checkpoint import file_hash, load_checkpoint, save_atomically
-from monai_unlearn.cost import Cost
-from monai_unlearn.data import DeletionRequest, Resolution, read_request, resolve_request
-from monai_unlearn.evaluation import SplitResult, evaluate, probabilities_and_one_hot
+from monai_unlearn.cost import Cost, seconds_of
+from monai_unlearn.data import ID_COLUMNS, DeletionRequest, Resolution, people, read_request, resolve_request
+from monai_unlearn.evaluation import (
+    SPLITS,
+    Audited,
+    AuditOptions,
+    Facts,
+    SplitResult,
+    evaluate,
+    probabilities_and_one_hot,
+)
 from monai_unlearn.foreign import (
     FLAG,
     ForeignBundle,
@@ -42,14 +51,15 @@ from monai_unlearn.foreign import (
 )
 from monai_unlearn.forget_set import ForgetSet
 from monai_unlearn.handlers import on_terminal
+from monai_unlearn.leftovers import find
 from monai_unlearn.loss import MaskedBCEWithLogitsLoss
 from monai_unlearn.methods import BatchNormPolicy, RandomLabeling, Retrain, SaliencyMask
-from monai_unlearn.metrics import attack_auc, attack_auc_interval, known_accuracy, mean_auroc
+from monai_unlearn.metrics import known_accuracy, mean_auroc
 from monai_unlearn.output import check_output_dir, replaced_folder, write_json
 from monai_unlearn.provenance import machine, versions
-from monai_unlearn.report import build_report, render_html, terminal_table
+from monai_unlearn.report import build_report
+from monai_unlearn.run import refuse_near_chance
 from monai_unlearn.training import run_trainer
-from monai_unlearn.workflow import refuse_near_chance
 
 __all__ = ["unlearn"]
 
@@ -78,17 +88,11 @@ def unlearn(settings: Mapping[str, Any]) -> None:
         bundle = ForeignBundle(config, chosen["trainer"], chosen["evaluator"])
         root = Path(str(workflow.parser.get_parsed_content("bundle_root", default=".")))
         with replaced_folder(chosen["output_dir"]) as folder:
-            report, scores = _Run(bundle, chosen, root).into(folder)
-            write_json(report, folder / "report.json")
-            (folder / "report.html").write_text(render_html(report, scores), encoding="utf-8")
-        output = Path(chosen["output_dir"])
-        logger.info("\n%s\n", terminal_table(report))
-        for name in ("unlearned_model.pt", "report.json", "report.html"):
-            logger.info("Wrote %s", output / name)
+            report = _Run(bundle, chosen, root).into(folder)
+            write_report(report, folder)
+        files = ("unlearned_model.pt", "report.json", "report.html")
+        say_results(report, Path(chosen["output_dir"]), files)
         logger.info("The bundle's own configs load it where they name the original's file: nothing of it was changed.")
-        logger.info(
-            "%s holds functions of the forgotten images: keep it as private as these, or delete it.", output / "private"
-        )
 
 
 def _heard() -> None:
@@ -133,8 +137,8 @@ class _Run:
     def __init__(self, bundle: ForeignBundle, settings: dict[str, Any], root: Path) -> None:
         self.bundle, self.settings, self.root = bundle, settings, root
 
-    def into(self, folder: Path) -> tuple[dict, dict]:
-        """Unlearn, and write everything but the report, which is returned with the images' scores."""
+    def into(self, folder: Path) -> dict:
+        """Unlearn, and write everything but the report, which is returned."""
         settings = self.settings
         (folder / "private").mkdir()
         request = read_request(settings["forget_request"])
@@ -159,14 +163,18 @@ class _Run:
             "validation": held_out,
         }
         evaluator = _evaluator(trainer, theirs, task, settings["label_key"])
+        evaluation = Cost()
 
         def figures(network: nn.Module) -> dict[str, SplitResult]:
-            results = evaluate(evaluator, network, loaders)
+            with seconds_of(evaluation, trainer.state.device):
+                results = evaluate(evaluator, network, loaders)
+            evaluation.samples += sum(result.n for result in results.values())
+            evaluation.forward = evaluation.samples
             return {**results, "test": results["validation"]}
 
         checkpoint.load_into(trainer.network)
-        results = {"original": figures(trainer.network)}
-        refuse_near_chance(results["original"], task.num_classes, task.multi_label, path)
+        original = figures(trainer.network)
+        refuse_near_chance(original, task.num_classes, task.multi_label, path)
         own = {"before": _own_metrics(theirs)}
 
         set_determinism(settings["seed"])
@@ -177,12 +185,13 @@ class _Run:
         save_atomically(checkpoint.with_state_of(trainer.network), folder / "unlearned_model.pt")
         # Evaluated is what was written, read back as the bundle's own configs would.
         load_checkpoint(folder / "unlearned_model.pt", checkpoint.key).load_into(trainer.network)
-        results["unlearned"] = figures(trainer.network)
+        unlearned = figures(trainer.network)
         own["after"] = _own_metrics(theirs)
 
+        retrained = []
         if settings["reference"]:
             network, cost["retrain"] = self._retrained(index, resolution, forget, path)
-            results["retrained"] = figures(network)
+            retrained.append(figures(network))
 
         if not request.key_is_kept:
             (folder / "private" / "split_key").write_text(request.key + "\n", encoding="utf-8")
@@ -191,17 +200,35 @@ class _Run:
             {"unit": resolution.unit, "forget": {"n": len(names), "images": [request.hashed(name) for name in names]}},
             folder / "split.json",
         )
-        patients = index["patient"].to_numpy()[resolution.positions] if "patient" in index else None
+        audited = Audited(
+            original=original,
+            unlearned=[unlearned],
+            retrained=retrained,
+            facts=self._facts(index, resolution, theirs, held_out),
+            class_names=[f"{'finding' if task.multi_label else 'class'} {i + 1}" for i in range(task.num_classes)],
+            multi_label=task.multi_label,
+        )
+        named = request.named_columns
+        models, audit = figures_and_audit(
+            audited, AuditOptions(matched=named, comparable=not named, seed=settings["seed"])
+        )
         report = build_report(
             method=settings["method"],
             settings={key: value for key, value in settings.items() if key != "forget_request"},
-            models={
-                name: {split: result.as_dict() for split, result in splits.items()}
-                | {"attack": self._attack(splits, patients)}
-                for name, splits in results.items()
-            },
-            cost=cost,
+            models=models,
+            cost={**cost, "evaluation": evaluation},
             task="multi-label" if task.multi_label else "multi-class",
+            audit=audit,
+            left=find(
+                settings["output_dir"],
+                folder,
+                original=path,
+                shown=[path.parent],
+                caches=_caches(loader_of(trainer).dataset),
+                key_beside_request=request.key_is_kept,
+                hidden=_hidden(index, resolution),
+            ),
+            measured_together=True if settings["reference"] else None,
             request={
                 "reference": request.reference,
                 **resolution.as_dict(),
@@ -229,8 +256,7 @@ class _Run:
                 },
             },
         )
-        parts = ("forget", "validation")
-        return report, {name: {part: splits[part].scores for part in parts} for name, splits in results.items()}
+        return report
 
     def _prepare(
         self, trainer: SupervisedTrainer, theirs: SupervisedEvaluator, index: pd.DataFrame, resolution: Resolution
@@ -318,10 +344,39 @@ class _Run:
         self._start_again(trainer, forget, original)
         return trainer.network, run_trainer(trainer, "retrained")
 
-    def _attack(self, splits: dict[str, SplitResult], patients: np.ndarray | None) -> dict[str, float]:
-        members, others = splits["forget"].scores, splits["validation"].scores
-        low, high = attack_auc_interval(members, others, patients, None, seed=self.settings["seed"])
-        return {"auc": attack_auc(members, others), "low": low, "high": high}
+    def _facts(
+        self, index: pd.DataFrame, resolution: Resolution, theirs: SupervisedEvaluator, held_out: DataLoader
+    ) -> dict[str, Facts]:
+        """What is known of the images of each part: of people, and columns of the bundle's own records."""
+        forget = np.zeros(len(index), dtype=bool)
+        forget[resolution.positions] = True
+        tables: dict[str, pd.DataFrame | None] = {"forget": index[forget], "retain": index[~forget]}
+        validation = _validation_index(theirs, self.settings)
+        if validation is not None and len(validation) != len(cast(Any, held_out.dataset)):
+            validation = validation.iloc[cast(Any, held_out.dataset).indices]  # without people to be forgotten
+        tables["validation"] = tables["test"] = validation
+        found = {}
+        for split in SPLITS:
+            table = tables[split]
+            if table is None:
+                found[split] = Facts()
+                continue
+            columns = table.drop(columns=[c for c in table if c in (*ID_COLUMNS, self.settings["patient_key"])])
+            plain = [c for c in columns if columns[c].map(lambda value: isinstance(value, (str, int, float))).all()]
+            found[split] = Facts(
+                people=people(table["patient"].to_numpy()) if "patient" in table else None,
+                columns=columns[plain].reset_index(drop=True),
+            )
+        return found
+
+
+def _hidden(index: pd.DataFrame, resolution: Resolution) -> set[str]:
+    """Patients and file names of the forget set, which nothing that is written may show."""
+    rows = index.iloc[resolution.positions]
+    names = {str(value) for value in rows["patient"].dropna()} if "patient" in rows else set()
+    if "file" in rows:
+        names |= {Path(str(file)).name.partition(".")[0] for file in rows["file"].dropna()}
+    return names - {""}
 
 
 def _tag(trainer: SupervisedTrainer, index: pd.DataFrame, resolution: Resolution) -> None:
@@ -486,12 +541,17 @@ def _notes(dataset: Any, own: dict[str, dict[str, float]], compared: bool) -> li
             "The bundle's validation data has no records of whose images they are: whether there are people of the "
             "request among them was not checked."
         )
-    inner = dataset
-    while isinstance(inner, (Subset, TaggedDataset)):
-        inner = inner.dataset
-    if isinstance(inner, PersistentDataset) and inner.cache_dir is not None:
+    if _caches(dataset):
         notes.append(
             "The bundle keeps decoded images in a cache of its own on disk, those of forgotten images among them. "
             "Nothing of the bundle was changed: delete that cache."
         )
     return notes
+
+
+def _caches(dataset: Any) -> list[Path]:
+    """Folder of the bundle's own cache on disk, if its data set has one."""
+    while isinstance(dataset, (Subset, TaggedDataset)):
+        dataset = dataset.dataset
+    on_disk = isinstance(dataset, PersistentDataset) and dataset.cache_dir is not None
+    return [Path(dataset.cache_dir)] if on_disk else []

@@ -35,11 +35,13 @@ class TrainedModel:
         path: its checkpoint, a bare state dict.
         cost: what its training cost, as measured then.
         machine: fingerprint of the machine on which that was.
+        kept: whether an earlier run trained it.
     """
 
     path: Path
     cost: Cost
     machine: dict
+    kept: bool = True
 
 
 def find_model(folder: Path) -> TrainedModel | None:
@@ -62,7 +64,9 @@ def find_model(folder: Path) -> TrainedModel | None:
     return model
 
 
-def train_model(bundle: Bundle, folder: Path, seed: int, forget: ForgetSet | None, what: str) -> TrainedModel:
+def train_model(
+    bundle: Bundle, folder: Path, seed: int, forget: ForgetSet | None, what: str, name: str | None = None
+) -> TrainedModel:
     """Train by the bundle's recipe, or take the model that an earlier run has trained and kept.
 
     Args:
@@ -70,11 +74,13 @@ def train_model(bundle: Bundle, folder: Path, seed: int, forget: ForgetSet | Non
         folder: where the model is kept, named by a hash of all that it depends on.
         seed: seed of initialisation, order and augmentation.
         forget: retrain without these samples; None trains on all.
-        what: what it is, for progress and messages.
+        what: what it is: original or retrained.
+        name: what progress and messages call it; by default the same.
     """
+    name = what if name is None else name
     kept = find_model(folder)
     if kept is not None:
-        logger.info("%s model: taken from %s", what.capitalize(), kept.path)
+        logger.info("%s: taken from %s", _title(name), kept.path)
         return kept
     set_determinism(seed)
     trainer = bundle.build("recipe::trainer", train_seed=seed)
@@ -83,7 +89,7 @@ def train_model(bundle: Bundle, folder: Path, seed: int, forget: ForgetSet | Non
     history = SampleHistory()
     if forget is None:
         history.attach(trainer)
-    cost = run_trainer(trainer, what)
+    cost = run_trainer(trainer, name)
     here = machine(trainer.state.device)
     with new_folder(folder) as unfinished:
         state = {name: value.cpu().contiguous() for name, value in trainer.network.state_dict().items()}
@@ -93,8 +99,13 @@ def train_model(bundle: Bundle, folder: Path, seed: int, forget: ForgetSet | Non
         write_json(content, unfinished / "training.json")
         if forget is None:
             history.frame().to_csv(unfinished / HISTORY, index=False)
-    logger.info("%s model: trained in %.0f s, kept in %s", what.capitalize(), cost.seconds, folder / "model.pt")
-    return TrainedModel(folder / "model.pt", cost, here)
+    logger.info("%s: trained in %.0f s, kept in %s", _title(name), cost.seconds, folder / "model.pt")
+    return TrainedModel(folder / "model.pt", cost, here, kept=False)
+
+
+def _title(name: str) -> str:
+    name = name[0].upper() + name[1:]
+    return name if "model" in name else f"{name} model"
 
 
 def run_trainer(trainer: SupervisedTrainer, what: str) -> Cost:

@@ -25,7 +25,7 @@ from monai_unlearn.bundle import Bundle, bundle_path
 from monai_unlearn.data import ImageData, LabeledImages
 
 METHODS = ("random_labeling", "retrain", "saliency")
-CONFIGS = ("train", *METHODS)
+CONFIGS = ("train", "audit", *METHODS)
 PARTS = ("chexpert", "dicom", "nifti", "multi_label", "resnet18", "resnet50", "overlay")  # added to others
 TRAIN, VALIDATION, TEST = 120, 40, 30
 # A network of a few hundred weights, trained for a moment: the tests are about the run, not about the model.
@@ -123,10 +123,17 @@ class Workplace:
 
     def unlearn(self, method: str = "saliency", overlays: tuple[Path, ...] = (), **settings: Any) -> Path:
         """Run a method's bundle; returns its output folder."""
-        own = {"dataset_file": str(self.data)} | ({} if method == "retrain" else {"epochs": 1})
+        own = {"dataset_file": str(self.data), "reference_models": 1} | ({} if method == "retrain" else {"epochs": 1})
         files = [str(bundle_path(method)), *map(str, overlays)]
         monai.bundle.run("unlearn", config_file=files if overlays else files[0], **{**TINY, **own, **settings})
         return self.folder / settings.get("output_dir", f"runs/{method}")
+
+    def audit(self, **settings: Any) -> Path:
+        """Run an audit; returns its output folder. Without ``run`` it is of this data set and network."""
+        own = {} if "run" in settings else {**TINY, "dataset_file": str(self.data)}
+        defaults = {"relearn_epochs": 2, "output_dir": "runs/audit"}
+        monai.bundle.run("audit", config_file=str(bundle_path("audit")), **{**own, **defaults, **settings})
+        return self.folder / {**defaults, **settings}["output_dir"]
 
     def original(self) -> dict[str, torch.Tensor]:
         """State of the original model of seed 0, which is kept from the start."""

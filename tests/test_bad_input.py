@@ -358,14 +358,14 @@ def test_an_empty_folder_is_taken_as_output(workplace: Workplace) -> None:
 
 
 def test_files_written_there_during_the_run_are_kept(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from monai_unlearn import workflow
+    from monai_unlearn import auditing
 
     def meanwhile(*args: Any) -> str:
         (workplace.folder / "mine").mkdir()
         (workplace.folder / "mine" / "thesis.tex").write_text("x")
         return "<html></html>"
 
-    monkeypatch.setattr(workflow, "render_html", meanwhile)
+    monkeypatch.setattr(auditing, "render_html", meanwhile)
     with pytest.raises(RuntimeError) as caught:
         workplace.unlearn(output_dir="mine")
     assert "now holds files of another program" in messages(caught.value)

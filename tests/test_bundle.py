@@ -72,7 +72,8 @@ def test_configs_pass_their_own_check_and_every_target_exists(name: str) -> None
 def test_every_setting_is_used_by_the_config_or_the_workflow(name: str) -> None:
     bundle = checked_bundle(name)
     text = json.dumps(bundle.config)
-    workflow = (Path(monai_unlearn.__file__).parent / "workflow.py").read_text(encoding="utf-8")
+    modules = [Path(monai_unlearn.__file__).parent / f"{module}.py" for module in ("workflow", "run", "auditing")]
+    workflow = "".join(path.read_text(encoding="utf-8") for path in modules)
     unused = [key for key in bundle.settings() if f"@{key}" not in text and f'["{key}"]' not in workflow]
     assert not unused
 

@@ -35,7 +35,8 @@ class Run:
 
     def __init__(self, workplace: Workplace, run_id: str, **settings: Any) -> None:
         config = bundle_path("train" if run_id == "train" else "saliency")
-        given = {**TINY, "dataset_file": workplace.data, **settings}
+        own = {} if run_id == "train" else {"reference_models": 1}
+        given = {**TINY, "dataset_file": workplace.data, **own, **settings}
         options = [part for key, value in given.items() for part in (f"--{key}", str(value).replace(" ", ""))]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(config), *options],

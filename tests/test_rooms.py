@@ -17,7 +17,19 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # What a room or a module of the top level may import of the package, besides itself.
 SMALL = {"forget_set", "cost", "loss", "checkpoint", "output", "placement", "provenance"}
-COMMANDS = {"workflow", "training", "bundle", "foreign", "overlay"}
+COMMANDS = {
+    "workflow",
+    "auditing",
+    "run",
+    "training",
+    "shadow",
+    "relearn",
+    "bundle",
+    "foreign",
+    "overlay",
+    "leftovers",
+    "finalise",
+}
 ROOMS = {"data", "methods", "metrics", "handlers", "evaluation", "report"}
 ALLOWED = {
     "data": SMALL,
@@ -27,12 +39,18 @@ ALLOWED = {
     "evaluation": SMALL | {"data", "methods", "metrics"},
     "report": {"metrics", "cost"},
     **{name: set() for name in SMALL},
+    "leftovers": {"checkpoint", "output"},
+    "finalise": {"leftovers", "checkpoint", "output"},
     "bundle": set(),
     "training": SMALL | ROOMS | {"bundle"},
-    "workflow": SMALL | ROOMS | {"bundle", "training"},
+    "shadow": SMALL | ROOMS | {"bundle", "training"},
+    "relearn": SMALL | ROOMS | {"bundle", "training"},
+    "run": SMALL | ROOMS | {"bundle", "training"},
+    "auditing": SMALL | ROOMS | {"bundle", "training", "run", "shadow", "relearn", "leftovers"},
+    "workflow": SMALL | ROOMS | {"bundle", "training", "run", "auditing", "leftovers"},
     "foreign": SMALL | {"bundle", "methods"},
     "overlay": SMALL | ROOMS | COMMANDS,
-    "__main__": COMMANDS,
+    "__main__": COMMANDS | {"report"},
     "__init__": {"forget_set"},
 }
 ENGINES = ("ignite", "monai.engines", "monai.handlers", "monai.bundle")

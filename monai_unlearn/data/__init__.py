@@ -9,11 +9,13 @@ from monai_unlearn.data.image_files import FileImages, GreyImage, file_dataset, 
 from monai_unlearn.data.load import load_data
 from monai_unlearn.data.medmnist import download_medmnist, read_medmnist
 from monai_unlearn.data.request import DeletionRequest, Resolution, Selector, read_request, resolve_request
+from monai_unlearn.data.rules import ID_COLUMNS
 from monai_unlearn.data.splits import Split, make_split, people
 from monai_unlearn.data.synthetic import synthetic_cells
 from monai_unlearn.data.table import read_table
 
 __all__ = [
+    "ID_COLUMNS",
     "BatchedImages",
     "DeletionRequest",
     "DicomViewReader",

@@ -18,7 +18,7 @@ import pandas as pd
 
 from monai_unlearn.data.matching import Names, hashed_order, match_glob, match_plain, normal_path
 from monai_unlearn.data.request_file import DIFFICULTY, IDS, KINDS, key_beside, read_csv, read_json
-from monai_unlearn.data.rules import check_rule, rows_where
+from monai_unlearn.data.rules import ID_COLUMNS, check_rule, columns_of, rows_where
 
 __all__ = ["DeletionRequest", "Resolution", "Selector", "hashed_order", "read_request", "resolve_request"]
 
@@ -134,6 +134,15 @@ class DeletionRequest:
     def score_columns(self) -> set[str]:
         """Columns that easiest and hardest go by."""
         return {selector.score for selector in (*self.include, *self.exclude) if selector.by in DIFFICULTY}
+
+    @property
+    def named_columns(self) -> tuple[str, ...]:
+        """Columns by which images were chosen, ids left out: those of rules, and scores of easiest and hardest."""
+        names = set(self.score_columns)
+        for selector in (*self.include, *self.exclude):
+            if selector.by == "rule":
+                names |= set().union(*(columns_of(rule) for rule in selector.values))
+        return tuple(sorted(names - set(ID_COLUMNS)))
 
 
 @dataclass(frozen=True)

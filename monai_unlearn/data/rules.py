@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-__all__ = ["check_rule", "rows_where"]
+__all__ = ["check_rule", "columns_of", "rows_where"]
 
 MAX_LENGTH, MAX_DEPTH = 1000, 20
 
@@ -55,6 +55,18 @@ def check_rule(rule: str, place: str = "rule") -> None:
         ValueError: if it is too long, too deeply nested, or anything but comparisons of columns with values.
     """
     _parse(rule, place)
+
+
+def columns_of(rule: str) -> set[str]:
+    """Names of the columns that a rule asks for.
+
+    Args:
+        rule: the rule.
+
+    Raises:
+        ValueError: as ``check_rule``.
+    """
+    return {node.id for node in ast.walk(_parse(rule, "rule")) if isinstance(node, ast.Name)}
 
 
 def rows_where(rule: str, index: pd.DataFrame, place: str = "rule") -> np.ndarray:

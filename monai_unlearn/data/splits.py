@@ -32,7 +32,8 @@ class Split:
 
     ``forget`` and ``retain`` are disjoint and cover the training images; ``selection`` and ``validation`` are
     disjoint halves of the validation images; ``unit`` tells whether whole patients were drawn; ``request`` is what a
-    report says of the request; ``key`` is the secret of the hashes that stand for names, and ``key_is_kept`` tells
+    report says of the request; ``named_columns`` are the columns by which images were chosen, ids left out; ``key`` is
+    the secret of the hashes that stand for names, and ``key_is_kept`` tells
     whether it is kept beside the request.
     """
 
@@ -43,6 +44,7 @@ class Split:
     test: np.ndarray
     unit: str
     request: dict
+    named_columns: tuple[str, ...]
     key: str = field(repr=False)
     key_is_kept: bool
 
@@ -173,6 +175,7 @@ def make_split(
             "allow_partial": allow_partial,
             "overlap": shared,
         },
+        named_columns=request.named_columns,
         key=request.key,
         key_is_kept=request.key_is_kept,
     )

@@ -41,6 +41,8 @@ class SplitResult:
         scores: log-odds of the true class of each sample, float64, in the order of the loader; of a multi-label task
             their mean over the known findings, NaN where none is known.
         difficulty: EL2N score of each sample, float64; higher is harder.
+        logits: the network's outputs, n × C, float32, and
+        labels: the labels, n integers or n × L floating point, both in the order of the loader.
         auroc_per_finding: of a multi-label task, finding → AUROC, None where it is present in all samples or in none.
     """
 
@@ -51,10 +53,12 @@ class SplitResult:
     balanced_accuracy: float | None
     scores: np.ndarray
     difficulty: np.ndarray
+    logits: np.ndarray
+    labels: np.ndarray
     auroc_per_finding: dict[str, float | None] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures of the report."""
+        """The figures that a report has of each model and split."""
         figures = {"accuracy": self.accuracy, "auroc": self.auroc, "loss": self.loss, "n": self.n}
         return figures if self.auroc_per_finding is None else {**figures, "auroc_per_finding": self.auroc_per_finding}
 
@@ -127,6 +131,8 @@ def _result(metrics: Mapping[str, float], logits: torch.Tensor, labels: torch.Te
         balanced_accuracy=float(np.mean(recall)),
         scores=log_odds(logits, labels).cpu().numpy(),
         difficulty=el2n(logits, labels).cpu().numpy(),
+        logits=logits.float().cpu().numpy(),
+        labels=labels.cpu().numpy(),
     )
 
 
@@ -147,6 +153,8 @@ def _multi_label_result(
         balanced_accuracy=None,
         scores=finding_log_odds(logits, labels).cpu().numpy(),
         difficulty=el2n(logits, labels).cpu().numpy(),
+        logits=logits.float().cpu().numpy(),
+        labels=labels.cpu().numpy(),
         auroc_per_finding={name: _defined(auroc) for name, auroc in zip(names, aurocs)},
     )
 

@@ -4,9 +4,48 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
-__all__ = ["auroc_per_finding", "known_accuracy", "mean_auroc"]
+__all__ = ["auroc_influence", "auroc_per_finding", "known_accuracy", "mean_auroc"]
+
+
+def auroc_influence(
+    scores: np.ndarray, present: np.ndarray, groups: np.ndarray | None = None
+) -> tuple[float, np.ndarray]:
+    """AUROC and what each sample contributes to its error: DeLong's method, for sets too large to resample.
+
+    The variance of the AUROC is the sum of squared contributions, over groups (patients) of their sums where images
+    are not independent (Obuchowski). Contributions of two models, or of several findings, to a difference or a mean
+    add up sample by sample, so their errors are paired.
+
+    Args:
+        scores: N scores, finite.
+        present: whether the finding is present, N booleans.
+        groups: group (patient) of each sample, whose numbers are then the sample sizes; None: each its own.
+
+    Returns:
+        The AUROC, and N contributions; NaN and zeros where all or none have the finding. The contributions of a side
+        with one sample (group) are NaN: its error can't be known.
+
+    References:
+        DeLong et al., Comparing the Areas under Two or More Correlated ROC Curves, Biometrics 44 (1988);
+        Obuchowski, Nonparametric Analysis of Clustered ROC Curve Data, Biometrics 53 (1997).
+    """
+    present = np.asarray(present, dtype=bool)
+    n, m = int(present.sum()), int((~present).sum())
+    contributions = np.zeros(len(scores))
+    if not n or not m:
+        return float("nan"), contributions
+    ranks = rankdata(scores)
+    below = (ranks[present] - rankdata(scores[present])) / m  # share of the absent that score lower
+    above = 1 - (ranks[~present] - rankdata(scores[~present])) / n
+    auroc = float(below.mean())
+    for side, placements in ((present, below), (~present, above)):
+        size = len(placements) if groups is None else len(np.unique(groups[side]))
+        factor = np.sqrt(size / (size - 1)) if size > 1 else float("nan")
+        contributions[side] = factor * (placements - auroc) / len(placements)
+    return auroc, contributions
 
 
 def auroc_per_finding(logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:

@@ -11,7 +11,8 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 
-from monai_unlearn.cost import Cost
+from monai_unlearn import cost
+from monai_unlearn.cost import Cost, seconds_of
 from monai_unlearn.handlers import CostClock
 
 MakeTrainer = Callable[..., SupervisedTrainer]
@@ -85,7 +86,7 @@ def test_a_second_run_begins_at_zero(make_trainer: MakeTrainer, clock: _Clock) -
     first = counter.cost
     trainer.run()
     assert counter.cost is not first
-    assert counter.cost == Cost(8, 60, 60, 60)
+    assert counter.cost == Cost(8, 60, 60, 60, counter.cost.peak_bytes)
 
 
 def test_an_aborted_run_keeps_what_it_cost_so_far(make_trainer: MakeTrainer, clock: _Clock) -> None:
@@ -108,3 +109,105 @@ def test_the_clock_changes_no_weight(make_trainer: MakeTrainer) -> None:
     plain.run()
     for name, value in plain.network.state_dict().items():
         assert torch.equal(watched.network.state_dict()[name], value), name
+
+
+class _Memory:
+    """A process whose memory is a number: the most since the mark was set back, to 10."""
+
+    def __init__(self) -> None:
+        self.mark, self.reads = 10, 0
+
+    def read(self, _: object) -> int:
+        self.reads += 1
+        return self.mark
+
+    def set_back(self, _: object) -> bool:
+        self.mark = 10
+        return True
+
+    def use(self, amount: int) -> Callable[[Engine], None]:
+        def use(_: Engine) -> None:
+            self.mark = max(self.mark, amount)
+
+        return use
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> _Memory:
+    kept = _Memory()
+    monkeypatch.setattr(cost, "_high_water", kept.read)
+    monkeypatch.setattr(cost, "_set_back", kept.set_back)
+    monkeypatch.setattr(cost, "_measuring", set())  # without those of earlier tests that failed on purpose
+    return kept
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_the_peak_is_that_of_loading_and_steps_in_any_epoch(
+    make_trainer: MakeTrainer, memory: _Memory, epoch: int
+) -> None:
+    counter = CostClock()
+    trainer = make_trainer([counter])
+
+    def load(engine: Engine) -> None:
+        if engine.state.epoch == epoch:
+            memory.use(70)(engine)
+
+    trainer.add_event_handler(Events.GET_BATCH_STARTED, load)
+    trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, memory.use(50))
+    trainer.run()
+    assert counter.cost.peak_bytes == 70
+
+
+@pytest.mark.parametrize("event", [Events.STARTED, Events.EPOCH_COMPLETED, Events.COMPLETED])
+def test_memory_of_validation_and_of_what_stands_before_and_after_does_not_count(
+    make_trainer: MakeTrainer, memory: _Memory, event: Events
+) -> None:
+    counter = CostClock()
+    trainer = make_trainer([counter])
+    trainer.add_event_handler(event, memory.use(1000))
+    trainer.add_event_handler(Events.GET_BATCH_STARTED, memory.use(20))
+    trainer.run()
+    assert counter.cost.peak_bytes == 20
+
+
+def test_a_block_around_the_run_has_the_peak_of_all_of_it(make_trainer: MakeTrainer, memory: _Memory) -> None:
+    counter = CostClock()
+    trainer = make_trainer([counter])
+    trainer.add_event_handler(Events.STARTED, memory.use(300))
+    trainer.add_event_handler(Events.GET_BATCH_STARTED, memory.use(20))
+    with seconds_of(Cost(), "cpu") as around:
+        trainer.run()
+    assert (around.peak_bytes, counter.cost.peak_bytes) == (300, 20)
+
+
+@pytest.mark.parametrize("end", ["terminate", "terminate_epoch"])
+def test_a_run_that_is_ended_has_the_peak_so_far(make_trainer: MakeTrainer, memory: _Memory, end: str) -> None:
+    counter = CostClock()
+    trainer = make_trainer([counter], max_epochs=1)
+    trainer.add_event_handler(Events.GET_BATCH_STARTED, memory.use(20))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda engine: getattr(engine, end)())
+    trainer.add_event_handler(Events.COMPLETED, memory.use(1000))
+    trainer.run()
+    assert counter.cost.peak_bytes == 20
+
+
+def test_memory_is_read_by_the_epoch_and_not_by_the_step(make_trainer: MakeTrainer, memory: _Memory) -> None:
+    counter = CostClock()
+    make_trainer([counter], batch_size=1, max_epochs=3).run()
+    assert memory.reads == 3
+
+
+def test_after_a_run_that_failed_the_next_is_measured_anew(make_trainer: MakeTrainer, memory: _Memory) -> None:
+    counter = CostClock()
+    trainer = make_trainer([counter])
+
+    def fail(engine: Engine) -> None:
+        memory.use(500)(engine)
+        raise KeyError("stop")
+
+    with trainer.add_event_handler(Events.ITERATION_STARTED(once=3), fail), pytest.raises(KeyError, match="stop"):
+        trainer.run()
+    another = make_trainer([counter])
+    another.add_event_handler(Events.GET_BATCH_STARTED, memory.use(20))
+    another.run()
+    assert counter.cost.peak_bytes == 20

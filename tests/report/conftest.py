@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
+from audit_samples import FINDINGS, powerless_audit, sample_audit, tiny_audit
 
 from monai_unlearn.cost import Cost
-from monai_unlearn.report import build_report
+from monai_unlearn.report import audit_plots, build_report, html
 
 SPLITS = ("forget", "retain", "validation", "test")
 
@@ -66,6 +66,30 @@ def request_figures() -> dict[str, Any]:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages with an empty drawing in the place of each plot: for tests of words, of which there are many."""
+    for module, names in (
+        (html, ("accuracy_plot", "cost_plot", "finding_plot")),
+        (audit_plots, [name for name in audit_plots.__all__ if name.endswith("_plot")]),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *_: '<svg viewBox="0 0 1 1" aria-hidden="true"></svg>')
+
+
+@pytest.fixture
+def left() -> list[dict[str, Any]]:
+    """What is left of the forget set, of ours and of others."""
+    mask = {
+        "what": "saliency mask",
+        "path": "runs/saliency/private",
+        "ours": True,
+        "holds": "a function of the forget set",
+    }
+    original = {"what": "original model", "path": "model.pt", "ours": False, "holds": "weights from before"}
+    return [mask, original]
+
+
+@pytest.fixture
 def make_report(figures: dict[str, dict]) -> Callable[..., dict[str, Any]]:
     """The report of these figures; ``reference=False`` without the retrained model."""
 
@@ -97,15 +121,30 @@ def make_report(figures: dict[str, dict]) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def make_scores() -> Callable[..., dict[str, dict[str, np.ndarray]]]:
-    """Scores of the images of each model of a report."""
+def make_variant(
+    request: pytest.FixtureRequest,
+    make_report: Callable[..., dict[str, Any]],
+    request_figures: dict[str, Any],
+    left: list[dict[str, Any]],
+) -> Callable[[str], dict[str, Any]]:
+    """Reports of unlike runs, by the names in ``audit_samples.VARIANTS``."""
 
-    def make(report: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-        random = np.random.default_rng(0)
-        return {
-            name: {part: random.normal(2, 3, model[part]["n"]) for part in ("forget", "validation")}
-            for name, model in report["models"].items()
-            if model is not None
-        }
+    def make(name: str) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "classes": {"audit": sample_audit(several=True), "left": left, "request": request_figures},
+            "findings": {"audit": sample_audit(classes=FINDINGS), "measured_together": True},
+            "no reference": {"audit": sample_audit(reference=False), "reference": False, "left": left},
+            "one retrained model": {"audit": sample_audit(retrained=1), "measured_together": False},
+            "retraining": {"audit": sample_audit(), "method": "retrain"},
+            "powerless": {"audit": powerless_audit()},
+            "one image": {"audit": tiny_audit()},
+            "one image, no reference": {"audit": tiny_audit(reference=False), "reference": False},
+            "no audit": {},
+            "findings, no audit": {"reference": False},
+        }[name]
+        if "findings" in name:
+            request.getfixturevalue("finding_figures")
+            arguments["task"] = "multi-label"
+        return make_report(**arguments)
 
     return make

@@ -10,16 +10,21 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from audit_samples import sample_audit
 
 from monai_unlearn.cost import Cost
-from monai_unlearn.report import SCHEMA_VERSION, build_report, gap_figures, terminal_table
+from monai_unlearn.report import SCHEMA_VERSION, build_report, gap_figures, terminal_table, validate_report
 
 MakeReport = Callable[..., dict[str, Any]]
 SPLITS = ("forget", "retain", "validation", "test")
 
 
+def _at_least(**properties: dict) -> dict:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
 def _exactly(**properties: dict) -> dict:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {**_at_least(**properties), "additionalProperties": False}
 
 
 def _or_null(schema: dict) -> dict:
@@ -31,17 +36,17 @@ COUNT = {"type": "integer", "minimum": 0}
 FIGURES = _exactly(accuracy=SHARE, auroc=SHARE, loss=_or_null({"type": "number"}), n={"type": "integer", "minimum": 1})
 MODEL = _exactly(**dict.fromkeys(SPLITS, FIGURES), attack=_exactly(auc=SHARE, low=SHARE, high=SHARE))
 NAMES = {"type": "array", "items": {"type": "string"}}
-COST = _exactly(seconds={"type": "number", "minimum": 0}, samples=COUNT, forward=COUNT, backward=COUNT)
-# What programs rely on. A change here is a new schema_version.
-SCHEMA = _exactly(
-    schema_version={"const": "1.1"},
+COST = _at_least(seconds={"type": "number", "minimum": 0}, samples=COUNT, forward=COUNT, backward=COUNT)
+# What programs rely on since the first release. A change here is a new major version.
+SCHEMA = _at_least(
+    schema_version={"type": "string", "pattern": "^1\\."},
     task={"enum": ["multi-class", "multi-label"]},
     method={"type": "string"},
     settings={"type": "object"},
     models=_exactly(original=MODEL, unlearned=MODEL, retrained=_or_null(MODEL)),
     gap_to_retrained=_or_null({"type": "number", "minimum": 0, "maximum": 100}),
     findings_left_out=_or_null(_exactly(**dict.fromkeys(SPLITS, NAMES))),
-    cost=_exactly(mask=COST, tuning=COST, unlearn=COST, retrain=_or_null(COST)),
+    cost=_at_least(mask=COST, tuning=COST, unlearn=COST, retrain=_or_null(COST)),
     request=_or_null({"type": "object"}),
     notes=NAMES,
     provenance={"type": "object", "required": ["original_checkpoint"]},
@@ -52,6 +57,7 @@ SCHEMA = _exactly(
 def test_the_report_has_exactly_the_promised_nesting(make_report: MakeReport, reference: bool) -> None:
     report = make_report(reference)
     jsonschema.validate(report, SCHEMA)
+    validate_report(report)
     assert report["schema_version"] == SCHEMA_VERSION
     assert (report["models"]["retrained"] is None) is not reference
     assert (report["cost"]["retrain"] is None) is not reference
@@ -62,8 +68,9 @@ def test_the_report_has_exactly_the_promised_nesting(make_report: MakeReport, re
 def test_the_figures_arrive_unchanged(make_report: MakeReport, figures: dict[str, dict]) -> None:
     report = make_report()
     assert report["models"] == figures
-    assert report["cost"]["mask"] == {"seconds": 1.25, "samples": 31, "forward": 31, "backward": 31}
-    assert report["cost"]["tuning"] == {"seconds": 0, "samples": 0, "forward": 0, "backward": 0}
+    assert report["cost"]["mask"] == Cost(1.25, 31, 31, 31).as_dict()
+    assert report["cost"]["tuning"] == Cost().as_dict()
+    assert (report["audit"], report["left"]) == (None, [])
     assert report["method"] == "random_labeling"
     assert report["settings"]["lr"] == 0.013
 
@@ -104,7 +111,7 @@ def test_the_order_of_the_models_is_fixed(figures: dict[str, dict]) -> None:
     models = {name: figures[name] for name in ("retrained", "unlearned", "original")}
     report = build_report("x", {}, models, {"unlearn": Cost()}, {})
     assert list(report["models"]) == ["original", "unlearned", "retrained"]
-    assert list(report["cost"]) == ["mask", "tuning", "unlearn", "retrain"]
+    assert list(report["cost"]) == ["mask", "tuning", "unlearn", "retrain", "evaluation", "caching", "ratio"]
 
 
 def test_the_terminal_table_shows_each_model_its_attack_and_the_cost(make_report: MakeReport) -> None:
@@ -147,6 +154,71 @@ def test_without_a_mask_none_is_mentioned(make_report: MakeReport) -> None:
     assert "mask" not in text
 
 
+# ---- the audit, what is left, and the ratio
+
+
+def test_the_audit_arrives_as_it_is_with_null_for_what_is_undefined(make_report: MakeReport) -> None:
+    audit = sample_audit()
+    expected = copy.deepcopy(audit)
+    for model, (value, plain) in zip(
+        ("original", "unlearned", "retrained"),
+        ((np.float32(0.25), 0.25), (np.float64("nan"), None), (np.float32("inf"), None)),
+    ):
+        audit["attacks"]["population"]["loss"]["models"][model]["auc"] = value
+        expected["attacks"]["population"]["loss"]["models"][model]["auc"] = plain
+    audit["attacks"]["forget"]["images"] = np.int64(31)
+    audit["attacks"]["sanity"]["original"]["detected"] = np.bool_(True)
+    audit["attacks"]["histogram"]["edges"] = np.array(audit["attacks"]["histogram"]["edges"])
+    audit["attacks"]["roc"]["original"]["tpr"] = (np.nan, 1.0)
+    expected["attacks"]["roc"]["original"]["tpr"] = [None, 1.0]
+    report = make_report(audit=audit)
+    assert report["audit"] == expected
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    report["audit"]["attacks"]["matched_by"].append("site")
+    assert audit["attacks"]["matched_by"] == ["class", "sex"]
+
+
+def test_what_is_left_arrives_as_it_is(make_report: MakeReport, left: list[dict[str, Any]]) -> None:
+    report = make_report(left=left)
+    assert report["left"] == left
+    report["left"][0]["path"] = ""
+    assert left[0]["path"]
+
+
+@pytest.mark.parametrize("together", [True, False, None])
+def test_the_ratio_is_everything_for_unlearning_by_retraining(make_report: MakeReport, together: bool | None) -> None:
+    cost = {
+        "mask": Cost(1, 10, 10, 10),
+        "tuning": Cost(2, 20, 20, 20),
+        "unlearn": Cost(3, 30, 30, 30),
+        "retrain": Cost(24, 600, 600, 600),
+        "evaluation": Cost(100, 1000, 1000, 0),
+        "caching": Cost(100, 0, 0, 0),
+    }
+    report = make_report(cost=cost, measured_together=together)
+    assert report["cost"]["ratio"] == {"seconds": 0.25, "samples": 0.1, "measured_together": together}
+    assert report["cost"]["evaluation"]["seconds"] == 100
+    assert "Cost: 6.0 s and 60 samples" in terminal_table(report)
+
+
+@pytest.mark.parametrize(
+    ("cost", "ratio"),
+    [
+        ({"unlearn": Cost(1, 1, 1, 1)}, None),
+        ({"retrain": Cost(1, 1, 1, 1)}, None),
+        ({}, None),
+        ({"unlearn": Cost(1, 1, 1, 1), "retrain": Cost()}, (None, None)),
+        ({"unlearn": Cost(), "retrain": Cost(2, 4, 4, 4)}, (0, 0)),
+    ],
+)
+def test_a_ratio_of_what_was_not_measured_is_null(make_report: MakeReport, cost: dict, ratio: tuple | None) -> None:
+    report = make_report(cost=cost)
+    found = report["cost"]["ratio"]
+    assert (found and (found["seconds"], found["samples"])) == ratio
+    validate_report(report)
+    terminal_table(report)
+
+
 # ---- several findings an image
 
 FINDINGS = ("Edema", "Fracture", "Nodule")
@@ -168,6 +240,7 @@ def test_the_report_of_findings_has_exactly_the_promised_nesting(
 ) -> None:
     report = make_report(reference, task="multi-label", request=request_figures, notes=("A note.",))
     jsonschema.validate(report, _schema_of_findings())
+    validate_report(report)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert report["task"] == "multi-label"
     assert report["request"] == request_figures
@@ -211,7 +284,7 @@ def test_the_terminal_table_of_findings_shows_their_mean_auroc(
 def test_the_terminal_warns_of_the_request_in_one_line(make_report: MakeReport, request_figures: dict) -> None:
     assert terminal_table(make_report(request=request_figures)).splitlines()[-1] == (
         "Mind the request: 1 of its 9 entries matched nothing; 2 of 7 patients keep some of their images; "
-        "8 validation and test images of forgotten patients are still evaluated on."
+        "8 validation and test images of the same patients are still evaluated on."
     )
 
 
