@@ -2,10 +2,10 @@
 
     python benchmarks/audit.py
 
-Outputs of an original, an unlearned and two retrained models are drawn for 165,466 training, 11,820 validation (the half
-that is reported) and 47,280 test images of eight classes; a tenth of the training images is forgotten. Timed are all
-figures, 1,000 resamples included, and the page; peak memory is that of the whole process. Each case runs in a process
-of its own.
+Outputs of an original, an unlearned and two retrained models are drawn for 165,466 training, 11,820 validation (the
+half that is reported) and 47,280 test images of eight classes; a tenth of the training images is forgotten. Timed are
+all figures, 1,000 resamples included; peak memory is that of the whole process. Each case runs in a process of its
+own.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ def test_a_broken_model_is_refused(workplace: Workplace, checkpoints: dict[str, 
 
 
 def test_a_misspelt_setting_is_named(workplace: Workplace, checkpoints: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="'retrainde'.*Did you mean 'retrained'"):
+    with pytest.raises(ValueError, match=r"'retrainde'.*Did you mean 'retrained'"):
         _audit(workplace, retrainde="x.pt", **checkpoints)
 
 
@@ -303,7 +303,7 @@ def test_an_audit_that_was_stopped_goes_on_where_it_was(workplace: Workplace, mo
 
 
 def test_shadow_models_need_to_know_the_method(workplace: Workplace, checkpoints: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="shadow_models needs to know how the model was unlearned.*--run DIR"):
+    with pytest.raises(ValueError, match=r"shadow_models needs to know how the model was unlearned.*--run DIR"):
         _audit(workplace, shadow_models=4, **checkpoints)
 
 

@@ -277,9 +277,7 @@ def _fitted(kinds: Mapping[str, Mapping[str, Sequence]], sides: Sides, seed: int
             features = [np.column_stack([kinds[kind][name][i][side] for kind in kinds]) for side in (0, 1)]
             keep = [np.isfinite(part).all(axis=1) for part in features]
             scores = [np.full(len(part), np.nan) for part in features]
-            found = cross_fitted_scores(
-                features[0][keep[0]], features[1][keep[1]], _kept(sides, *keep), seed, progressive=True
-            )
+            found = cross_fitted_scores(features[0][keep[0]], features[1][keep[1]], _kept(sides, *keep), seed)
             for part, rows, values in zip(scores, keep, found):
                 part[rows] = values
             fitted.setdefault(name, []).append((scores[0], scores[1]))

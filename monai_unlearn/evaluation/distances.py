@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,8 @@ def distance_section(audited: Audited, attack_aucs: Mapping[str, Sequence[float]
     mean = [_mean([model[i] for model in retrained]) for i in range(len(retrained[0]))]
 
     def beside(distance: Callable[[Figures, Figures], float | None], part: slice) -> dict[str, float | None]:
-        pairs = [distance(a[part], b[part]) for a, b in combinations(retrained, 2)]
+        # Both ways round: a deviation in per cent is not symmetric.
+        pairs = [distance(a[part], b[part]) for a, b in permutations(retrained, 2)]
         own = {name: distance(figures[name][0][part], mean[part]) for name in ("original", "unlearned")}
         return {**own, "floor": _mean(pairs)}
 

@@ -184,22 +184,21 @@ def cross_fitted_scores(
     non_member_features: np.ndarray,
     sides: Sides | None = None,
     seed: int = 0,
-    progressive: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of an attack that is fitted: logistic regression on features, each sample scored by one fitted without it.
 
-    Five folds of whole groups; features are standardised and non-members weighted to the members' strata.
+    Five folds of whole groups, each scored by a regression that was fitted on the folds before it; the first has no
+    score. Features are standardised and non-members weighted to the members' strata.
 
-    Where two samples help to score each other, the AUC of all scores varies more than that of as many independent ones
-    (without any difference between the sides by a third more), which no resampling of the scores can show. Fitted on
-    the folds before its own alone, it does not, at the price of the first fold, which has no score.
+    Why not on all other folds: where two samples help to score each other, the AUC of all scores varies more than that
+    of as many independent ones (without any difference between the sides by a third more), which no resampling of the
+    scores can show.
 
     Args:
         member_features: n × F, finite.
         non_member_features: m × F, finite.
         sides: groups and strata.
         seed: seed of the folds.
-        progressive: fit on the folds before a sample's own, instead of on all others.
 
     Returns:
         n and m scores, higher: member; NaN where a side has fewer than two groups, and where nothing could be fitted.
@@ -219,12 +218,10 @@ def cross_fitted_scores(
         return scores[:n], scores[n:]
     folds = np.concatenate(_folds(groups, seed))
     for fold in np.unique(folds):
-        fit = folds < fold if progressive else folds != fold
+        fit = folds < fold
         sums = np.bincount(truth[fit], weights=weights[fit], minlength=2)
         if (sums == 0).any():
-            if progressive:
-                continue
-            return np.full(n, np.nan), np.full(m, np.nan)
+            continue
         balanced = weights[fit] * fit.sum() / (2 * sums[truth[fit]])
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         model.fit(features[fit], truth[fit], logisticregression__sample_weight=balanced)
