@@ -527,8 +527,10 @@ def test_two_halves_of_the_unseen_images_are_alike(patients: bool) -> None:
     places = np.random.default_rng(FEW.seed).permutation(len(first))
     half = np.array([places[first.index(name)] % 2 == 0 for name in names])
     assert not set(names[half]) & set(names[~half])
-    truth = half.astype(int)
-    assert halves["auc"] == pytest.approx(roc_auc_score(truth, values), abs=1e-12)
+    assert halves["auc"] == pytest.approx(roc_auc_score(half, values), abs=1e-12)
+    attack = _Attack({"unlearned": [(values[half], values[~half])]}, (names[half], names[~half]))
+    expected = percentiles(attack.resampled(FEW)["unlearned"], 0.99)
+    assert (halves["low"], halves["high"]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_halves_that_are_no_halves_are_said_to_be_none() -> None:
