@@ -60,19 +60,19 @@ def outputs(patients: bool) -> Audited:
         }
         for name, trained in known.items()
     }
-    facts = {
-        split: Facts(
-            people=np.arange(n) // 5 if patients else None,
-            columns=pd.DataFrame(
-                {
-                    "sex": random.choice(["female", "male"], n),
-                    "age": random.integers(10, 95, n),
-                    "site": random.choice(["north", "south", "west"], n),
-                }
-            ),
+    facts = {}
+    for split, n in SIZES.items():
+        person = np.arange(n) // 5 if patients else np.arange(n)
+        size = person.max() + 1
+        columns = {
+            "sex": random.choice(["female", "male"], size),
+            "age": random.integers(10, 95, size),
+            "site": random.choice(["north", "south", "west"], size),
+        }
+        facts[split] = Facts(
+            people=person if patients else None,
+            columns=pd.DataFrame({name: values[person] for name, values in columns.items()}),
         )
-        for split, n in SIZES.items()
-    }
     names = [f"class {i}" for i in range(CLASSES)]
     return Audited(models["original"], [models["unlearned"]], [models["first"], models["second"]], facts, names, False)
 
