@@ -36,7 +36,7 @@ from sklearn.metrics import (
 )
 
 from monai_unlearn.evaluation import Audited, SplitResult
-from monai_unlearn.evaluation.utility import reliability_section, utility_section
+from monai_unlearn.evaluation.utility import Predictions, reliability_section, utility_section
 
 pytestmark = pytest.mark.filterwarnings("error")
 # Shrinking would take minutes, and a smaller seed is no smaller world.
@@ -348,3 +348,21 @@ def test_constant_outputs_tell_nothing_and_are_no_error() -> None:
     assert section["classes"]["c1"]["models"]["unlearned"]["false_negatives"] == 10
     change = section["changes"]["retrained"]["ece"]
     assert change["low"] <= change["difference"] <= change["high"]
+
+
+def test_an_answer_on_the_line_is_absent_and_so_missed() -> None:
+    audited = world(0, multi_label=True)
+    flat = {split: result(np.zeros_like(one.logits), one.labels) for split, one in audited.unlearned[0].items()}
+    section = utility_section(replace(audited, unlearned=[flat]), FEW)["test"]
+    for found in section["classes"].values():
+        assert found["models"]["unlearned"]["false_negatives"] == found["positives"] > 0
+
+
+def test_resamples_sort_confidence_on_an_edge_into_the_bin_of_the_figure_itself() -> None:
+    logits = np.array([[0.0] * 5, [0.1, 0, 0, 0, 0]] * 8)  # a fifth is the upper end of the third of fifteen bins
+    outputs = result(logits, np.array([0, 1] * 8))
+    sums, pairs_of = Predictions(outputs, False).calibration
+    error = np.abs(sums.sum(0)).sum() / pairs_of.sum()
+    assert error == pytest.approx(calibration(*pairs(outputs)))
+    assert error == pytest.approx(Predictions(outputs, False).figures(slice(None), 0.9)["ece"])
+    assert error > 0.5  # in one bin they would make up for each other
