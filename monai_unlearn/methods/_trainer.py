@@ -10,6 +10,9 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.handlers import CheckpointLoader, CheckpointSaver
+from torch.utils.data import DataLoader
+
+from monai_unlearn.forget_set import ForgetSet
 
 __all__ = [
     "evaluation_mode",
@@ -19,6 +22,7 @@ __all__ = [
     "require_before_savers",
     "require_loaded_weights",
     "require_supervised_trainer",
+    "train_on_retain",
     "unwrapped_handlers",
 ]
 
@@ -78,6 +82,29 @@ def require_before_savers(engine: Engine, handler: object) -> None:
             f"{type(handler).__name__} stands after a CheckpointSaver, which would save weights that are not final "
             "yet. Put it before the CheckpointSaver in train_handlers."
         )
+
+
+def train_on_retain(engine: SupervisedTrainer, forget: ForgetSet, loader: DataLoader | None = None) -> None:
+    """Let the run go over retain samples alone, as many epochs as it has.
+
+    Args:
+        engine: the trainer, at ``STARTED``.
+        forget: the forget set.
+        loader: retain samples only; by default made from the trainer's own loader (same batch size, order and
+            transforms).
+
+    Raises:
+        ValueError: if there is no retain sample, or they can't be found.
+    """
+    if loader is None:
+        loader = forget.retain_loader(engine.data_loader, training=True)
+    if len(loader) == 0:
+        raise ValueError(
+            "The loader of retain samples should give at least one batch, but gives none. "
+            "Use a smaller batch size, or drop_last=False."
+        )
+    engine.set_data(loader)
+    engine.state.epoch_length = len(loader)
 
 
 def is_iterating(engine: Engine) -> bool:

@@ -20,6 +20,7 @@ from monai_unlearn.methods._trainer import (
     parameter_name,
     require_loaded_weights,
     require_supervised_trainer,
+    train_on_retain,
     unwrapped_handlers,
 )
 
@@ -88,16 +89,7 @@ class Retrain:
         require_loaded_weights(engine, self)
         self._restore_network(engine.network)
         self._restore_optimizer(engine)
-        loader = self.loader
-        if loader is None:
-            loader = self.forget.retain_loader(engine.data_loader, training=True)
-        if len(loader) == 0:
-            raise ValueError(
-                "The loader of retain samples should give at least one batch, but gives none. "
-                "Use a smaller batch size, or drop_last=False."
-            )
-        engine.set_data(loader)
-        engine.state.epoch_length = len(loader)
+        train_on_retain(engine, self.forget, self.loader)
 
     def _restore_network(self, network: nn.Module) -> None:
         state: Any = self.initial_state
