@@ -178,14 +178,14 @@ class ForgetSet:
             ValueError: if they can't be found, or the random transforms can't be told from the others.
         """
         loader = _rebuildable(loader)
-        dataset = loader.dataset
+        dataset = _whole(loader.dataset)
         part = Subset(without_random(dataset), self.positions(dataset))
         return _rebuilt(loader, part, shuffle=False, generator=torch.Generator())  # not the one of the training's order
 
     def retain_loader(
         self, loader: Iterable, training: bool, max_batches: int | None = None, seed: int = 0
     ) -> DataLoader:
-        """The retain samples of a loader's data.
+        """The retain samples of a loader's data; of a loader that this has made, the same ones.
 
         Args:
             loader: the training loader.
@@ -197,7 +197,7 @@ class ForgetSet:
             ValueError: as ``forget_loader``, or if the loader samples in another way than shuffled or in order.
         """
         loader = _rebuildable(loader)
-        dataset = loader.dataset
+        dataset = _whole(loader.dataset)
         forget = set(self.positions(dataset))
         retain = [i for i in range(len(dataset)) if i not in forget]  # type: ignore[arg-type]
         limit = len(retain) if max_batches is None else max_batches * (loader.batch_size or 1)
@@ -210,12 +210,12 @@ class ForgetSet:
         sampler: Any = loader.sampler
         shuffle = isinstance(sampler, RandomSampler)
         once = isinstance(sampler, SequentialSampler) or (shuffle and not sampler.replacement)
-        if not once or len(sampler) != len(dataset):  # type: ignore[arg-type]
+        if not once or len(sampler) != len(loader.dataset):  # type: ignore[arg-type]
             raise ValueError(
                 f"A retain loader can't be made from a {type(sampler).__name__} other than of each sample once, "
                 "in order or shuffled. Give the method a loader."
             )
-        return _rebuilt(loader, Subset(dataset, retain), shuffle, loader.generator)
+        return _rebuilt(loader, RetainSubset(dataset, retain), shuffle, loader.generator)
 
     def _value(self, record: Any) -> Any:
         """What identifies a record: its id, its flag or its image's path."""
@@ -253,6 +253,14 @@ class ForgetSet:
                 f"Of {len(wanted)} files to forget, {missing} are not in the training data and {ambiguous} match "
                 "more than one file. Give enough of each path to make it unique."
             )
+
+
+class RetainSubset(Subset):
+    """Retain samples alone. A handler that comes later still finds the forget samples in the data behind it."""
+
+
+def _whole(dataset: Any) -> Dataset:
+    return dataset.dataset if isinstance(dataset, RetainSubset) else dataset
 
 
 def _plain(value: Any) -> Any:

@@ -464,3 +464,14 @@ def test_a_data_set_with_a_getitem_of_its_own_is_not_taken_for_its_transforms(re
 
     with pytest.raises(ValueError, match="A Doubled makes its samples in a way of its own"):
         ForgetSet(["P1"], key="patient").forget_loader(DataLoader(Doubled(records), batch_size=4))
+
+
+def test_a_retain_loader_of_a_retain_loader_has_the_same_samples_and_its_forget_loader_the_forgotten(records) -> None:
+    forget = ForgetSet(["P0", "P3"], key="patient")
+    whole = DataLoader(Dataset(records), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(0))
+    once = forget.retain_loader(whole, training=True)
+    for training in (True, False):
+        again = forget.retain_loader(once, training=training)
+        assert sorted(again.dataset.indices) == sorted(once.dataset.indices)
+    named = {name for batch in forget.forget_loader(once) for name in batch["patient"]}
+    assert named == {"P0", "P3"}
