@@ -191,6 +191,11 @@ UNLEARNING = {
     },
     "unlearn": {"_target_": "monai_unlearn.workflow.unlearn", "bundle": "@bundle"},
 }
+# Unlearning may have to do with a part of the retain data; original and retrained models had all of it.
+METHOD_TRAINER = {
+    **UNLEARNING["trainer"],
+    "train_data_loader": "$@forget.with_part_of_retain(@train_loader, @retain_fraction, @seed)",
+}
 BATCH_NORM = {"_target_": "monai_unlearn.methods.BatchNormPolicy", "forget": "@forget", "policy": "@batchnorm"}
 RANDOM_LABELING = {
     "_target_": "monai_unlearn.methods.RandomLabeling",
@@ -203,6 +208,53 @@ SALIENCY_MASK = {
     "forget": "@forget",
     "ratio": "@saliency_ratio",
     "path": "$@private_dir + '/saliency_mask.safetensors'",
+}
+FINE_TUNE = {"_target_": "monai_unlearn.methods.FineTune", "forget": "@forget"}
+GRADIENT_ASCENT = {"_target_": "monai_unlearn.methods.GradientAscent", "forget": "@forget"}
+NEG_GRAD_PLUS = {"_target_": "monai_unlearn.methods.NegGradPlus", "forget": "@forget", "alpha": "@alpha"}
+SCRUB = {
+    "_target_": "monai_unlearn.methods.SCRUB",
+    "forget": "@forget",
+    "forget_epochs": "@forget_epochs",
+    "alpha": "@alpha",
+    "gamma": "@gamma",
+    "temperature": "@temperature",
+    "multi_label": "$@data.multi_label or @data.num_classes == 1",
+    "rewind_loader": {
+        "_target_": "monai_unlearn.data.matched_loader",
+        "_disabled_": "$not @rewind",
+        "loader": "@evaluation_loader",
+        "data": "@data",
+        "split": "@split",
+        "seed": "@seed",
+    },
+}
+SYNAPTIC_DAMPENING = {
+    "_target_": "monai_unlearn.methods.SelectiveSynapticDampening",
+    "forget": "@forget",
+    "alpha": "@alpha",
+    "dampening": "@dampening",
+}
+MASKED_SMALL_GRADIENTS = {
+    "_target_": "monai_unlearn.methods.MaskedSmallGradients",
+    "forget": "@forget",
+    "share": "@share",
+    "scale": "@gradient_scale",
+    "seed": "@seed",
+}
+CONV_TRANSPOSE = {"_target_": "monai_unlearn.methods.ConvTranspose", "forget": "@forget"}
+WEIGHT_NOISE = {
+    "_target_": "monai_unlearn.methods.WeightNoise",
+    "forget": "@forget",
+    "scale": "@noise_scale",
+    "seed": "@seed",
+}
+PERTURB_AND_RECOVER = {
+    "_target_": "monai_unlearn.methods.PerturbAndRecover",
+    "forget": "@forget",
+    "budget": "@budget",
+    "judge": "@judge",
+    "seed": "@seed",
 }
 RETRAIN = {
     "_target_": "monai_unlearn.methods.Retrain",
@@ -231,6 +283,7 @@ def method_config(name: str, settings: dict, methods: list[dict], **changes: obj
         "network_key": None,
         "reference": True,
         "reference_models": 2,
+        "retain_fraction": 1.0,
         **settings,
         **RECIPE,
         **REPORT,
@@ -243,6 +296,7 @@ def method_config(name: str, settings: dict, methods: list[dict], **changes: obj
         **EVALUATOR,
         "methods": methods,
         **UNLEARNING,
+        "trainer": METHOD_TRAINER,
         **HANDLERS,
         **changes,
     }
@@ -262,6 +316,52 @@ CONFIGS = {
     "saliency": method_config(
         "saliency", {**STEPS, "saliency_ratio": 0.5}, [RANDOM_LABELING, SALIENCY_MASK, BATCH_NORM]
     ),
+    "finetune": method_config("finetune", {**STEPS, "epochs": 10}, [FINE_TUNE, BATCH_NORM]),
+    "gradient_ascent": method_config("gradient_ascent", {**STEPS, "lr": 1e-4}, [GRADIENT_ASCENT, BATCH_NORM]),
+    "neg_grad_plus": method_config(
+        "neg_grad_plus", {**STEPS, "epochs": 10, "alpha": 0.95}, [NEG_GRAD_PLUS, BATCH_NORM]
+    ),
+    # The images that it rewinds on are validation images, of which the split says the half.
+    "scrub": method_config(
+        "scrub",
+        {
+            **STEPS,
+            "epochs": 3,
+            "lr": 0.005,
+            "forget_epochs": 2,
+            "alpha": 0.001,
+            "gamma": 0.99,
+            "temperature": 4.0,
+            "rewind": True,
+        },
+        [SCRUB, BATCH_NORM],
+        evaluation_part="$@data.validation",
+    ),
+    # It takes no step, so neither epochs nor a rate of its own.
+    "synaptic_dampening": method_config(
+        "synaptic_dampening",
+        {"alpha": 2.0, "dampening": 1.0, "batchnorm": STEPS["batchnorm"]},
+        [SYNAPTIC_DAMPENING, BATCH_NORM],
+        optimizer="@recipe::optimizer",
+        trainer={**METHOD_TRAINER, "max_epochs": 1},
+    ),
+    "masked_small_gradients": method_config(
+        "masked_small_gradients",
+        {**STEPS, "share": 0.3, "gradient_scale": 0.1},
+        [MASKED_SMALL_GRADIENTS, BATCH_NORM],
+    ),
+    "conv_transpose": method_config("conv_transpose", {**STEPS}, [CONV_TRANSPOSE, BATCH_NORM]),
+    "weight_noise": method_config("weight_noise", {**STEPS, "noise_scale": 1.0}, [WEIGHT_NOISE, BATCH_NORM]),
+    # The recipe's own trainer: what it is made of says how to train again in fast motion. Nothing is to be tuned.
+    "auto": method_config(
+        "auto",
+        {"budget": 0.2},
+        [PERTURB_AND_RECOVER],
+        current_run="$None",
+        judge={"_target_": "monai_unlearn.selection.judge_of", "run": "@current_run", "most_forget": 512},
+        optimizer="@recipe::optimizer",
+        trainer={**METHOD_TRAINER, "max_epochs": "@train_epochs"},
+    ),
     # The recipe's own trainer, so the reference is one of another seed and the gap is the noise floor.
     "retrain": method_config(
         "retrain",
@@ -269,9 +369,28 @@ CONFIGS = {
         [*COMPONENTS["recipe"]["trainer"]["train_handlers"], RETRAIN],
         reference_seed="$@seed + 1",
         optimizer="@recipe::optimizer",
-        trainer={**UNLEARNING["trainer"], "max_epochs": "@train_epochs"},
+        trainer={**METHOD_TRAINER, "max_epochs": "@train_epochs"},
     ),
 }
+# What the tuner tries: setting → list of values, or a range. Published rates are seldom right for another data set.
+RATES = {"low": 1e-5, "high": 0.1, "log": True}
+SEARCH_SPACES = {
+    "random_labeling": {"lr": RATES, "epochs": [2, 5, 10]},
+    "saliency": {"lr": RATES, "epochs": [2, 5, 10], "saliency_ratio": [0.3, 0.5, 0.7]},
+    "finetune": {"lr": RATES, "epochs": [2, 5, 10]},
+    "gradient_ascent": {"lr": {**RATES, "high": 0.01}, "epochs": [1, 3, 5]},
+    "neg_grad_plus": {"lr": RATES, "epochs": [2, 5, 10], "alpha": [0.8, 0.9, 0.95, 0.99]},
+    "scrub": {"lr": RATES, "epochs": [3, 5, 10], "gamma": [0.9, 0.99], "alpha": [0.001, 0.01, 0.1]},
+    "synaptic_dampening": {
+        "alpha": {"low": 0.5, "high": 20, "log": True},
+        "dampening": {"low": 0.05, "high": 2, "log": True},
+    },
+    "masked_small_gradients": {"lr": RATES, "epochs": [3, 6, 10], "share": [0.1, 0.3, 0.5]},
+    "conv_transpose": {"lr": RATES, "epochs": [3, 6, 10]},
+    "weight_noise": {"lr": RATES, "epochs": [3, 6, 10], "noise_scale": {"low": 0.25, "high": 2}},
+}
+for method, space in SEARCH_SPACES.items():
+    CONFIGS[method]["search_space"] = space
 # The audit of any models: no method, but a trainer all the same, with which relearning is timed.
 CONFIGS["audit"] = {
     "run": None,
@@ -484,6 +603,16 @@ CONFIGS["nifti"] = files_part(
 CONFIGS["resnet18"] = {"network_def": network_part("resnet18")}
 CONFIGS["resnet50"] = {"network_def": network_part("resnet50")}
 CONFIGS["multi_label"] = MULTI_LABEL
+# Added to a method, of which it searches for the settings: python -m monai.bundle run tune.
+CONFIGS["tune"] = {
+    "trials": 20,
+    "finish": True,
+    "sampler_seed": "@seed",
+    "storage": "$@output_dir + '-tuning/study.journal'",
+    "sampler": {"_target_": "optuna.samplers.TPESampler", "seed": "@sampler_seed"},
+    "pruner": {"_target_": "optuna.pruners.MedianPruner", "n_startup_trials": 5, "n_warmup_steps": 1},
+    "tune": {"_target_": "monai_unlearn.tuning.tune", "bundle": "@bundle"},
+}
 
 # Added to somebody else's training bundle: --config_file "['THEIR/configs/train.yaml','overlay.json']".
 OVERLAY = {
@@ -510,6 +639,29 @@ OVERLAY = {
     "unlearn": {"_target_": "monai_unlearn.overlay.unlearn", "settings": "@unlearning"},
 }
 CONFIGS["overlay"] = OVERLAY
+
+# Runs of the methods above, in several processes: python -m monai.bundle run study --config_file bundles/study.json.
+CONFIGS["study"] = {
+    "methods": ["saliency", "random_labeling"],
+    "parts": [],
+    "kinds": ["random"],
+    "fractions": [0.02, 0.1, 0.3],
+    "seeds": [0, 1, 2],
+    "tuned": [False],
+    "patients": 20,
+    "options": {},
+    "reference_models": 3,
+    "workers": None,
+    "keep_models": False,
+    "models_dir": "runs/study/models",
+    "output_dir": "runs/study",
+    "results_file": None,
+    "data_name": None,
+    "commit": None,
+    "bundle": {"_target_": "monai_unlearn.bundle.Bundle.running"},
+    "initialize": "$@bundle",
+    "study": {"_target_": "monai_unlearn.study.study", "bundle": "@bundle"},
+}
 
 
 def write(folder: Path) -> None:

@@ -6,7 +6,8 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ __all__ = [
     "save_record",
     "say_results",
     "without_names",
+    "without_pages",
     "write_report",
 ]
 
@@ -59,6 +61,7 @@ POSITIONS = "forget_indices.txt"
 REQUESTS = ("forget_indices", "forget_patients", "forget_request")
 PATHS = ("_file", "_dir", "_checkpoint", "_indices", "_patients", "_request")
 Outputs = Mapping[str, SplitResult]
+_pages = True
 
 
 def audit(bundle: Bundle) -> None:
@@ -139,21 +142,34 @@ def figures_and_audit(audited: Audited, options: AuditOptions) -> tuple[dict[str
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write ``report.json`` and ``report.html``.
+    """Write ``report.json`` and, but within ``without_pages``, ``report.html``.
 
     Args:
         report: the report.
         folder: where they go.
     """
     write_json(report, folder / "report.json")
-    (folder / "report.html").write_text(render_html(report), encoding="utf-8")
+    if _pages:
+        (folder / "report.html").write_text(render_html(report), encoding="utf-8")
+
+
+@contextmanager
+def without_pages() -> Iterator[None]:
+    """Within this block no page is rendered: of many runs nobody reads it, and each takes seconds for its plots."""
+    global _pages
+    before, _pages = _pages, False
+    try:
+        yield
+    finally:
+        _pages = before
 
 
 def say_results(report: Mapping[str, Any], output: Path, files: Sequence[str]) -> None:
     """Log the table, what was written and what is left."""
     logger.info("\n%s\n", terminal_table(report))
     for name in files:
-        logger.info("Wrote %s", output / name)
+        if (output / name).exists():
+            logger.info("Wrote %s", output / name)
     ours = sum(entry["ours"] for entry in report["left"])
     if ours:
         logger.info(

@@ -108,14 +108,33 @@ class Bundle:
         """
         workflow, files = running_workflow()
         with readable_errors():
-            bundle = cls._of(workflow, files)
+            bundle = cls._of(workflow.parser, files)
             bundle.check()
         return bundle
 
     @classmethod
-    def _of(cls, workflow: ConfigWorkflow, files: Sequence[str] | None) -> Bundle:
+    def from_files(cls, files: Sequence[str], **settings: Any) -> Bundle:
+        """What ``monai.bundle run`` would make of config files and settings, checked, without running anything.
+
+        Args:
+            files: config files, the method's first.
+            settings: what would be given on the command line.
+
+        Raises:
+            ValueError: if a key is misspelt or a setting has the wrong type.
+        """
+        _without_warnings_of_gpu_decoders()
+        parser = ConfigParser()
+        parser.read_config(list(files))
+        parser.update(settings)
+        bundle = cls._of(parser, files)
+        bundle.check()
+        return bundle
+
+    @classmethod
+    def _of(cls, parser: ConfigParser, files: Sequence[str] | None) -> Bundle:
         if files is None:  # a workflow made in Python: what it was given can't be told from what was changed
-            return cls(workflow.parser, copy.deepcopy(cast(dict, workflow.parser.config)))
+            return cls(parser, copy.deepcopy(cast(dict, parser.config)))
         if "bundle" not in ConfigParser.load_config_file(files[0]):
             raise ValueError(
                 f"--config_file should name the method's bundle first, but {Path(files[0]).name} is a part that "
@@ -125,7 +144,7 @@ class Bundle:
         own = [file for i, file in enumerate(files) if i == 0 or Path(file).resolve().parent == ours]
         added = [key for file in files if file not in own for key in ConfigParser.load_config_file(file)]
         top = (key.lstrip("+").replace("#", "::").split("::")[0] for key in added)
-        return cls(workflow.parser, ConfigParser.load_config_files(own), top)
+        return cls(parser, ConfigParser.load_config_files(own), top)
 
     @property
     def config(self) -> dict:
@@ -156,6 +175,14 @@ class Bundle:
             for key, value in self._shipped.items()
             if not isinstance(value, (dict, list)) and not _is_expression(value) and not key.startswith("_")
         ]
+
+    def typed(self, key: str, value: Any) -> Any:
+        """Another value for a setting, as the type that it has in the config.
+
+        Raises:
+            ValueError: if it is of another.
+        """
+        return typed(key, value, self._shipped.get(key))
 
     def settings(self) -> dict[str, Any]:
         """The settings and their values, those of expressions too."""

@@ -171,19 +171,37 @@ class ForgetSet:
         ):
             self.positions(dataset)
 
-    def forget_loader(self, loader: Iterable) -> DataLoader:
-        """The forget samples of a loader's data, in order and without random transforms.
+    def forget_loader(self, loader: Iterable, training: bool = False) -> DataLoader:
+        """The forget samples of a loader's data.
+
+        Args:
+            loader: the training loader.
+            training: False gives them in order and without random transforms. True keeps both the random transforms
+                and the shuffling, in an order of its own: that of the training loader stays as it is, also where a
+                method takes batches of both in turn.
 
         Raises:
-            ValueError: if they can't be found, or the random transforms can't be told from the others.
+            ValueError: if they can't be found, the random transforms can't be told from the others, or the loader
+                samples in another way than shuffled or in order.
         """
         loader = _rebuildable(loader)
         dataset = _whole(loader.dataset)
-        part = Subset(without_random(dataset), self.positions(dataset))
-        return _rebuilt(loader, part, shuffle=False, generator=torch.Generator())  # not the one of the training's order
+        if not training:
+            plain = Subset(without_random(dataset), self.positions(dataset))
+            return _rebuilt(loader, plain, shuffle=False, generator=torch.Generator())
+        part = _TrainingSubset(dataset, self.positions(dataset))
+        generator = torch.Generator().manual_seed((loader.generator or torch.default_generator).initial_seed())
+        # It may be gone through many times in a run: processes that load images should not start anew each time.
+        return _rebuilt(loader, part, _shuffles(loader, "forget"), generator, persistent=loader.num_workers > 0)
 
     def retain_loader(
-        self, loader: Iterable, training: bool, max_batches: int | None = None, seed: int = 0
+        self,
+        loader: Iterable,
+        training: bool,
+        max_batches: int | None = None,
+        seed: int = 0,
+        *,
+        augmentation: bool = True,
     ) -> DataLoader:
         """The retain samples of a loader's data; of a loader that this has made, the same ones.
 
@@ -192,6 +210,7 @@ class ForgetSet:
             training: True keeps random transforms and shuffling; False drops both.
             max_batches: take at most the samples of so many batches, drawn with ``seed``.
             seed: seed of that draw.
+            augmentation: False drops random transforms in training too.
 
         Raises:
             ValueError: as ``forget_loader``, or if the loader samples in another way than shuffled or in order.
@@ -207,15 +226,35 @@ class ForgetSet:
         if not training:
             part = Subset(without_random(dataset), retain)
             return _rebuilt(loader, part, shuffle=False, generator=torch.Generator())
-        sampler: Any = loader.sampler
-        shuffle = isinstance(sampler, RandomSampler)
-        once = isinstance(sampler, SequentialSampler) or (shuffle and not sampler.replacement)
-        if not once or len(sampler) != len(loader.dataset):  # type: ignore[arg-type]
+        part = _TrainingSubset(dataset if augmentation else without_random(dataset), retain)
+        return _rebuilt(loader, part, _shuffles(loader, "retain"), loader.generator)
+
+    def with_part_of_retain(self, loader: DataLoader, fraction: float, seed: int = 0) -> DataLoader:
+        """A training loader of the forget samples and a random share of the retain samples: no more are at hand, say.
+
+        Args:
+            loader: the training loader.
+            fraction: share of the retain samples, in (0, 1]; with 1 the loader is returned as it is.
+            seed: seed of the draw.
+
+        Raises:
+            ValueError: if ``fraction`` is none, or as ``retain_loader``.
+        """
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise ValueError(
-                f"A retain loader can't be made from a {type(sampler).__name__} other than of each sample once, "
-                "in order or shuffled. Give the method a loader."
+                f"retain_fraction should lie in (0, 1], but got {fraction!r}. It is the share of the retain samples "
+                "that unlearning may use."
             )
-        return _rebuilt(loader, RetainSubset(dataset, retain), shuffle, loader.generator)
+        if fraction == 1:
+            return loader
+        loader = _rebuildable(loader)
+        dataset: Any = loader.dataset
+        forget = self.positions(dataset)
+        chosen = set(forget)
+        retain = [i for i in range(len(dataset)) if i not in chosen]
+        order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))
+        kept = [retain[i] for i in order[: max(1, round(fraction * len(retain)))].tolist()]
+        return _rebuilt(loader, Subset(dataset, sorted(forget + kept)), _shuffles(loader, "retain"), loader.generator)
 
     def _value(self, record: Any) -> Any:
         """What identifies a record: its id, its flag or its image's path."""
@@ -255,12 +294,29 @@ class ForgetSet:
             )
 
 
-class RetainSubset(Subset):
-    """Retain samples alone. A handler that comes later still finds the forget samples in the data behind it."""
+class _TrainingSubset(Subset):
+    """Retain or forget samples alone. A handler that comes later still finds the others in the data behind them."""
 
 
 def _whole(dataset: Any) -> Dataset:
-    return dataset.dataset if isinstance(dataset, RetainSubset) else dataset
+    return dataset.dataset if isinstance(dataset, _TrainingSubset) else dataset
+
+
+def _shuffles(loader: DataLoader, part: str) -> bool:
+    """Whether a loader draws a new order each epoch.
+
+    Raises:
+        ValueError: if it does not give each sample once.
+    """
+    sampler: Any = loader.sampler
+    shuffle = isinstance(sampler, RandomSampler)
+    once = isinstance(sampler, SequentialSampler) or (shuffle and not sampler.replacement)
+    if not once or len(sampler) != len(loader.dataset):  # type: ignore[arg-type]
+        raise ValueError(
+            f"A {part} loader can't be made from a {type(sampler).__name__} other than of each sample once, "
+            "in order or shuffled. Give the method a loader."
+        )
+    return shuffle
 
 
 def _plain(value: Any) -> Any:
@@ -334,7 +390,9 @@ def _rebuildable(loader: Iterable) -> DataLoader:
     return loader
 
 
-def _rebuilt(loader: DataLoader, dataset: Dataset, shuffle: bool, generator: torch.Generator | None) -> DataLoader:
+def _rebuilt(
+    loader: DataLoader, dataset: Dataset, shuffle: bool, generator: torch.Generator | None, persistent: bool = False
+) -> DataLoader:
     size = len(dataset)  # type: ignore[arg-type]
     # BatchNorm is undefined on a batch of one image; when shuffling, another one is left out each epoch.
     leaves_one = shuffle and size > 1 and size % (loader.batch_size or 1) == 1
@@ -348,4 +406,5 @@ def _rebuilt(loader: DataLoader, dataset: Dataset, shuffle: bool, generator: tor
         drop_last=(loader.drop_last and shuffle and size >= (loader.batch_size or 1)) or leaves_one,
         worker_init_fn=loader.worker_init_fn,
         generator=generator,
+        persistent_workers=persistent,
     )

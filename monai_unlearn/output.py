@@ -20,6 +20,7 @@ __all__ = [
     "is_unfinished",
     "new_folder",
     "replaced_folder",
+    "scratch_folder",
     "write_json",
 ]
 
@@ -95,6 +96,20 @@ def new_folder(path: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
+    """A hidden folder beside ``output_dir`` for what is not to stay; after a kill, the next run removes it."""
+    path = Path(os.path.abspath(output_dir))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    folder = _unfinished(path)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(content: object, path: Path) -> None:

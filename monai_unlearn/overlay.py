@@ -182,6 +182,8 @@ class _Run:
         for method in methods:
             if hasattr(method, "cost"):
                 cost[method.cost_phase] += method.cost
+            if hasattr(method, "tuning_cost"):
+                cost["tuning"] += method.tuning_cost
         save_atomically(checkpoint.with_state_of(trainer.network), folder / "unlearned_model.pt")
         # Evaluated is what was written, read back as the bundle's own configs would.
         load_checkpoint(folder / "unlearned_model.pt", checkpoint.key).load_into(trainer.network)

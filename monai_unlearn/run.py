@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,13 +34,16 @@ from monai_unlearn.evaluation import SPLITS, Facts, SplitResult, evaluate
 from monai_unlearn.handlers import SCORES, read_history
 from monai_unlearn.training import HISTORY, TrainedModel, find_model, train_model
 
-__all__ = ["Run", "refuse_near_chance"]
+__all__ = ["Run", "refuse_near_chance", "remembered_outputs"]
 
 logger = logging.getLogger("monai_unlearn")
 
 # Balanced accuracy on its own training data, as the share of the way from chance to 1, below which something is
 # wrong with the transforms, the labels' order or the checkpoint rather than with the model.
 NEAR_CHANCE = 0.1
+# How many models' outputs are kept where runs share them: those of an original and some retrained ones.
+REMEMBERED = 24
+_remembered: dict[str, dict[str, SplitResult]] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Run:
         )
         run = cls(bundle, bundle.settings(), data, data.digest(), device, caching)
         bundle.share(difficulty=_difficulty(run))
-        bundle.share(split=bundle.build("split"))
+        bundle.share(split=bundle.build("split"), current_run=run)
         return run
 
     @cached_property
@@ -161,7 +166,17 @@ class Run:
     def evaluate(
         self, evaluator: Any, network: torch.nn.Module, loaders: Mapping[str, DataLoader] | None = None
     ) -> dict[str, SplitResult]:
-        """Figures of a network on each of the loaders, by default those of the audited splits; on the clock."""
+        """Figures of a network on each of the loaders, by default those of the audited splits; on the clock.
+
+        Within ``remembered_outputs``, the same network is evaluated on the same audited splits once.
+        """
+        if _remembered is not None and loaders is None:
+            key = self._evaluation_hash(network)
+            if key not in _remembered:
+                _remembered[key] = self.evaluate(evaluator, network, self.loaders)
+                while len(_remembered) > REMEMBERED:
+                    del _remembered[next(iter(_remembered))]
+            return _remembered[key]
         names = self.data.class_names if self.data.multi_label else None
         with seconds_of(self.evaluation, self.device):
             results = evaluate(evaluator, network, self.loaders if loaders is None else loaders, names)
@@ -169,6 +184,17 @@ class Run:
         self.evaluation.samples += n
         self.evaluation.forward += n
         return results
+
+    def _evaluation_hash(self, network: torch.nn.Module) -> str:
+        """Hash of all that a network's outputs on the audited splits depend on."""
+        components = ("network", "evaluator", "evaluation_dataset", "evaluation_loader")
+        sha = hashlib.sha256(self.bundle.recipe_hash(self.data_digest, str(self.device), of=components).encode())
+        for _, rows in self.parts().values():
+            sha.update(f"{rows.shape}{rows.dtype.str}".encode() + rows.tobytes())
+        for name, value in network.state_dict().items():
+            sha.update(f"{name}{value.shape}{value.dtype}".encode())
+            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
 
     def original(self) -> tuple[Path, Checkpoint]:
         """The original model: the user's, one that an earlier run trained, or for the embedded data a new one."""
@@ -216,6 +242,17 @@ class Run:
         if isinstance(part, ImageFiles):
             names |= {Path(file).name.partition(".")[0] for file in part.files[rows]}
         return names - {"", "nan", "None"}
+
+
+@contextmanager
+def remembered_outputs() -> Iterator[None]:
+    """Within this block, runs of this process share the outputs of models that they have in common."""
+    global _remembered
+    before, _remembered = _remembered, {}
+    try:
+        yield
+    finally:
+        _remembered = before
 
 
 def refuse_near_chance(original: Mapping[str, SplitResult], num_classes: int, multi_label: bool, path: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from monai.utils import set_determinism
 
@@ -15,7 +16,7 @@ from monai_unlearn.checkpoint import file_hash, load_checkpoint, save_atomically
 from monai_unlearn.cost import Cost
 from monai_unlearn.forget_set import ForgetSet
 from monai_unlearn.handlers import CostClock, FiniteLoss, Progress, SampleHistory
-from monai_unlearn.methods import Retrain
+from monai_unlearn.methods import Retrain, unwrapped_handlers
 from monai_unlearn.output import new_folder, write_json
 from monai_unlearn.provenance import machine
 
@@ -108,20 +109,31 @@ def _title(name: str) -> str:
     return name if "model" in name else f"{name} model"
 
 
-def run_trainer(trainer: SupervisedTrainer, what: str) -> Cost:
+def run_trainer(
+    trainer: SupervisedTrainer, what: str, *, clock: CostClock | None = None, progress: bool = True
+) -> Cost:
     """Run a trainer with a progress bar, a check of the loss and a clock.
+
+    Args:
+        trainer: the trainer.
+        what: what it does, for progress and messages.
+        clock: a clock that the caller can read after an error too; None: a new one.
+        progress: whether to show progress.
 
     Returns:
         What its iterations cost.
 
     Raises:
-        RuntimeError: if it did not take a single step.
+        RuntimeError: if it did not take a single step, and no handler of it ``takes_no_step`` by its nature.
     """
-    clock = CostClock()
-    for handler in (clock, FiniteLoss(), Progress(what)):
-        handler.attach(trainer)
+    clock = CostClock() if clock is None else clock
+    clock.attach(trainer)
+    FiniteLoss().attach(trainer)
+    if progress:
+        Progress(what).attach(trainer)
     trainer.run()
-    if not clock.cost.backward:
+    by_nature = any(getattr(handler, "takes_no_step", False) for handler in unwrapped_handlers(trainer, Events.STARTED))
+    if not clock.cost.backward and not by_nature:
         raise RuntimeError(
             f"The {what} run took no step: its loader gives no batch. Use a smaller batch size, or more data."
         )

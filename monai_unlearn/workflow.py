@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ignite.handlers import ProgressBar
@@ -28,9 +30,24 @@ from monai_unlearn.report import build_report, percent
 from monai_unlearn.run import Run, refuse_near_chance
 from monai_unlearn.training import run_trainer, train_model
 
-__all__ = ["train", "unlearn"]
+__all__ = ["Chosen", "train", "unlearn", "unlearn_run"]
 
 logger = logging.getLogger("monai_unlearn")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a choice of settings adds to a run's results.
+
+    Args:
+        cost: what the choice cost, which is part of the cost of unlearning.
+        notes: sentences for the report.
+        files: name → text of further files beside the report.
+    """
+
+    cost: Cost = field(default_factory=Cost)
+    notes: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def train(bundle: Bundle) -> None:
@@ -67,28 +84,40 @@ def unlearn(bundle: Bundle) -> None:
         bundle: the running bundle.
     """
     with readable_errors():
-        output = Path(bundle.settings()["output_dir"])
-        check_output_dir(output)
-        run = Run.start(bundle)
-        logger.info(
-            "To forget: %d training images (%.1f %%), by %s; to retain: %d",
-            len(run.split.forget),
-            100 * len(run.split.forget) / len(run.data.train),
-            run.split.unit,
-            len(run.split.retain),
-        )
-        with replaced_folder(output) as folder:
-            try:
-                report = _unlearn_into(folder, run)
-            except BaseException:
-                run.remove_cached_copies()
-                raise
-            write_report(report, folder)
-        say_results(report, output, ("unlearned_model.pt", "report.json", "report.html"))
-        publish(report, bundle.build("report_handlers"))
+        check_output_dir(Path(bundle.settings()["output_dir"]))
+        unlearn_run(Run.start(bundle))
 
 
-def _unlearn_into(folder: Path, run: Run) -> dict:
+def unlearn_run(run: Run, chosen: Chosen | None = None) -> None:
+    """The same of a run whose data is at hand.
+
+    Args:
+        run: the run.
+        chosen: what a choice of its settings cost, and is to be reported.
+    """
+    output = Path(run.settings["output_dir"])
+    logger.info(
+        "To forget: %d training images (%.1f %%), by %s; to retain: %d",
+        len(run.split.forget),
+        100 * len(run.split.forget) / len(run.data.train),
+        run.split.unit,
+        len(run.split.retain),
+    )
+    chosen = Chosen() if chosen is None else chosen
+    with replaced_folder(output) as folder:
+        try:
+            report = _unlearn_into(folder, run, chosen)
+        except BaseException:
+            run.remove_cached_copies()
+            raise
+        write_report(report, folder)
+        for name, text in chosen.files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    say_results(report, output, ("unlearned_model.pt", "report.json", "report.html", *chosen.files))
+    publish(report, run.bundle.build("report_handlers"))
+
+
+def _unlearn_into(folder: Path, run: Run, chosen: Chosen) -> dict:
     """Everything between the data and the report, which is returned."""
     settings, bundle, split = run.settings, run.bundle, run.split
     (folder / "private").mkdir()
@@ -116,10 +145,12 @@ def _unlearn_into(folder: Path, run: Run) -> dict:
         "trainer", "methods", private_dir=str(folder / "private"), train_seed=settings["seed"]
     )
     checkpoint.load_into(trainer.network)
-    cost = {"mask": Cost(), "tuning": Cost(), "unlearn": run_trainer(trainer, "unlearning")}
+    cost = {"mask": Cost(), "tuning": chosen.cost, "unlearn": run_trainer(trainer, "unlearning")}
     for method in methods:
         if hasattr(method, "cost"):
             cost[method.cost_phase] += method.cost
+        if hasattr(method, "tuning_cost"):
+            cost["tuning"] += method.tuning_cost
     unlearned_path = folder / "unlearned_model.pt"
     save_atomically(checkpoint.with_state_of(trainer.network), unlearned_path)
     # Evaluated is what was written, read back as a user would.
@@ -145,7 +176,13 @@ def _unlearn_into(folder: Path, run: Run) -> dict:
         cost={**cost, "evaluation": run.evaluation, "caching": run.caching},
         task="multi-label" if run.data.multi_label else "multi-class",
         request=split.request,
-        notes=[*run.data.notes, *([NO_TEST_SET] if run.data.test is None else []), *run.remove_cached_copies()],
+        notes=[
+            *chosen.notes,
+            *(note for method in methods for note in getattr(method, "notes", ())),
+            *run.data.notes,
+            *([NO_TEST_SET] if run.data.test is None else []),
+            *run.remove_cached_copies(),
+        ],
         audit=audit,
         left=find(
             settings["output_dir"],

@@ -24,9 +24,23 @@ from torch import nn
 from monai_unlearn.bundle import Bundle, bundle_path
 from monai_unlearn.data import ImageData, LabeledImages
 
-METHODS = ("random_labeling", "retrain", "saliency")
+METHODS = (
+    "random_labeling",
+    "retrain",
+    "saliency",
+    "finetune",
+    "gradient_ascent",
+    "neg_grad_plus",
+    "scrub",
+    "synaptic_dampening",
+    "masked_small_gradients",
+    "conv_transpose",
+    "weight_noise",
+    "auto",
+)
+WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "auto")  # no setting for them
 CONFIGS = ("train", "audit", *METHODS)
-PARTS = ("chexpert", "dicom", "nifti", "multi_label", "resnet18", "resnet50", "overlay")  # added to others
+PARTS = ("chexpert", "dicom", "nifti", "multi_label", "resnet18", "resnet50", "tune", "overlay", "study")  # not alone
 TRAIN, VALIDATION, TEST = 120, 40, 30
 # A network of a few hundred weights, trained for a moment: the tests are about the run, not about the model.
 TINY = {
@@ -123,7 +137,9 @@ class Workplace:
 
     def unlearn(self, method: str = "saliency", overlays: tuple[Path, ...] = (), **settings: Any) -> Path:
         """Run a method's bundle; returns its output folder."""
-        own = {"dataset_file": str(self.data), "reference_models": 1} | ({} if method == "retrain" else {"epochs": 1})
+        own = {"dataset_file": str(self.data), "reference_models": 1} | (
+            {} if method in WITHOUT_EPOCHS else {"epochs": 1}
+        )
         files = [str(bundle_path(method)), *map(str, overlays)]
         monai.bundle.run("unlearn", config_file=files if overlays else files[0], **{**TINY, **own, **settings})
         return self.folder / settings.get("output_dir", f"runs/{method}")

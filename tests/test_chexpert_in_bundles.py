@@ -12,7 +12,7 @@ import monai.bundle
 import numpy as np
 import pytest
 import torch
-from bundle_runs import METHODS, Workplace, files_below, messages
+from bundle_runs import METHODS, WITHOUT_EPOCHS, Workplace, files_below, messages
 from chexpert_layout import write_chexpert
 from monai.bundle import ConfigParser
 from PIL import Image
@@ -60,7 +60,7 @@ class Hospital:
         """Unlearn; returns the report."""
         (self.folder / "request.json").write_text(json.dumps(request or REQUEST), encoding="utf-8")
         own: dict[str, Any] = {"reference": False, "forget_request": "request.json"}
-        own |= {} if method == "retrain" else {"epochs": 1}
+        own |= {} if method in WITHOUT_EPOCHS else {"epochs": 1}
         self.bundle("unlearn", method, **{**own, **settings})
         output = self.folder / settings.get("output_dir", f"runs/{method}")
         return json.loads((output / "report.json").read_text(encoding="utf-8"))
@@ -96,7 +96,8 @@ def hospital(empty_workplace: Workplace, trained: Path, dataset_dir: Path) -> Ho
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_unlearns_findings(hospital: Hospital, method: str) -> None:
     before = files_below(hospital.dataset_dir) | files_below(hospital.folder)
-    report = hospital.unlearn(method)
+    # Three images to select on are too few to rewind by.
+    report = hospital.unlearn(method, **({"rewind": False} if method == "scrub" else {}))
     after = files_below(hospital.dataset_dir) | files_below(hospital.folder)
     assert {path: after[path] for path in before if path != "request.json"} == {
         path: digest for path, digest in before.items() if path != "request.json"

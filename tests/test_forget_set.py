@@ -475,3 +475,97 @@ def test_a_retain_loader_of_a_retain_loader_has_the_same_samples_and_its_forget_
         assert sorted(again.dataset.indices) == sorted(once.dataset.indices)
     named = {name for batch in forget.forget_loader(once) for name in batch["patient"]}
     assert named == {"P0", "P3"}
+
+
+# ---- a forget loader to train on
+
+
+def test_a_forget_loader_for_training_is_shuffled_as_the_loader_and_in_an_order_of_its_own(data, forget) -> None:
+    def loader():
+        return DataLoader(data, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+    gone = [i for i in range(30) if IS_FORGET[i]]
+    own, random = loader(), torch.get_rng_state()
+    part = forget.forget_loader(own, training=True)
+    epochs = [flat(indices(part)) for _ in range(3)]
+    assert all(sorted(epoch) == gone for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert [flat(indices(forget.forget_loader(loader(), training=True)))] == epochs[:1]
+    assert torch.equal(torch.get_rng_state(), random)
+    assert indices(own) == indices(loader())  # the order of the training did not move on
+    assert flat(indices(forget.forget_loader(DataLoader(data, batch_size=4), training=True))) == gone
+
+
+def test_a_forget_loader_for_training_follows_the_global_seed_where_the_loader_does(data, forget) -> None:
+    orders = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, collate_fn=list_data_collate)
+        orders.append(flat(indices(forget.forget_loader(loader, training=True))))
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_a_forget_loader_for_training_keeps_random_transforms(records, forget) -> None:
+    noise = Compose([RandGaussianNoised("image", prob=1.0, std=5.0)])
+    (batch,) = forget.forget_loader(DataLoader(Dataset(records, noise), batch_size=30), training=True)
+    own = torch.stack([records[i]["image"] for i in batch["index"].tolist()])
+    assert (batch["image"] != own).any()
+
+
+@pytest.mark.parametrize(
+    ("ids", "batch_size", "lengths"),
+    [(["P0"], 8, [5]), (["P0", "P3"], 8, [8]), (["P0"], 4, [4]), (["P0"], 5, [5])],
+)
+def test_drop_last_leaves_a_batch_of_a_small_forget_set(data, ids, batch_size, lengths) -> None:
+    loader = DataLoader(data, batch_size=batch_size, shuffle=True, drop_last=True)
+    part = ForgetSet(ids, key="patient").forget_loader(loader, training=True)
+    assert [len(batch) for batch in indices(part)] == lengths
+
+
+@pytest.mark.parametrize("name", ["weighted", "replacement", "fewer", "list"])
+def test_a_custom_sampler_is_refused_for_training_on_the_forget_set(data, forget, name) -> None:
+    loader = DataLoader(data, batch_size=8, sampler=drawn_samplers(data)[name])
+    with pytest.raises(ValueError, match=r"A forget loader can't be made from a .*Give the method a loader"):
+        forget.forget_loader(loader, training=True)
+
+
+def test_from_a_forget_loader_for_training_both_parts_are_found(data, forget) -> None:
+    loader = DataLoader(data, batch_size=8, shuffle=True)
+    part = forget.forget_loader(loader, training=True)
+    assert flat(indices(forget.forget_loader(part))) == [i for i in range(30) if IS_FORGET[i]]
+    assert flat(indices(forget.retain_loader(part, training=False))) == [i for i in range(30) if not IS_FORGET[i]]
+    assert sorted(flat(indices(forget.retain_loader(part, training=True)))) == [
+        i for i in range(30) if not IS_FORGET[i]
+    ]
+
+
+def test_processes_that_load_forget_samples_stay_from_one_round_to_the_next(data, forget) -> None:
+    part = forget.forget_loader(DataLoader(data, batch_size=8, num_workers=1), training=True)
+    assert part.persistent_workers
+    first = iter(part)
+    assert flat([batch["index"].tolist() for batch in first]) == [i for i in range(30) if IS_FORGET[i]]
+    assert iter(part) is first
+
+
+@pytest.mark.parametrize(("fraction", "kept"), [(0.5, 10), (0.01, 1), (0.99, 20)])
+def test_a_part_of_the_retain_samples_comes_with_all_forget_samples(records, fraction, kept) -> None:
+    forget = ForgetSet(["P0", "P3"], key="patient")
+    whole = DataLoader(Dataset(records), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(0))
+    part = forget.with_part_of_retain(whole, fraction, seed=1)
+    positions = list(part.dataset.indices)
+    assert len(positions) == len(set(positions)) == 10 + kept
+    assert {i for i in range(30) if i // 5 in (0, 3)} <= set(positions)
+    assert positions == list(forget.with_part_of_retain(whole, fraction, seed=1).dataset.indices)
+    assert len(forget.forget_loader(part).dataset) == 10
+    assert len(forget.retain_loader(part, training=True).dataset) == kept
+
+
+def test_all_of_the_retain_samples_is_the_loader_itself(records) -> None:
+    whole = DataLoader(Dataset(records), batch_size=8)
+    assert ForgetSet(["P0"], key="patient").with_part_of_retain(whole, 1.0) is whole
+
+
+@pytest.mark.parametrize("fraction", [0, -1, 1.1, True, "0.5", float("nan")])
+def test_a_share_of_the_retain_samples_that_is_none_raises(records, fraction) -> None:
+    with pytest.raises(ValueError, match=r"retain_fraction should lie in \(0, 1\], but got"):
+        ForgetSet(["P0"], key="patient").with_part_of_retain(DataLoader(Dataset(records)), fraction)

@@ -7,6 +7,7 @@ from monai_unlearn.data.dicom_pixels import DicomViewReader
 from monai_unlearn.data.image_data import BatchedImages, ImageData, ImageFiles, LabeledImages, make_loader
 from monai_unlearn.data.image_files import FileImages, GreyImage, file_dataset, remove_cached
 from monai_unlearn.data.load import load_data
+from monai_unlearn.data.matched import matched_loader, matched_rows
 from monai_unlearn.data.medmnist import download_medmnist, read_medmnist
 from monai_unlearn.data.request import DeletionRequest, Resolution, Selector, read_request, resolve_request
 from monai_unlearn.data.rules import ID_COLUMNS
@@ -35,6 +36,8 @@ __all__ = [
     "load_data",
     "make_loader",
     "make_split",
+    "matched_loader",
+    "matched_rows",
     "people",
     "read_chexpert",
     "read_dicom",

@@ -25,7 +25,7 @@ from monai_unlearn.metrics import (
     two_sided_p,
 )
 
-__all__ = ["attack_section", "verdict_section"]
+__all__ = ["attack_section", "matching_strata", "verdict_section"]
 
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]  # model → scores of forget and of unseen images
 POWER = 1.96 + 0.84  # standard errors that a difference has to have to show at 5 % in four of five audits
@@ -47,7 +47,7 @@ def attack_section(audited: Audited, options: AuditOptions) -> dict[str, Any]:
     forget, unseen = audited.facts["forget"], audited.facts["validation"]
     pair = audited.original["forget"], audited.original["validation"]
     known = [~np.isnan(result.scores) for result in pair]
-    matched_by, strata = _strata(pair, (forget, unseen), options.matched, audited.multi_label)
+    matched_by, strata = matching_strata(_labels(pair), (forget, unseen), options.matched)
     whole = Sides(forget.people, unseen.people, *strata)
     weights = _weights(whole, known)
     models = {name: list(group) for name, group in audited.models.items()}
@@ -166,15 +166,28 @@ def _kinds(models: Mapping[str, Sequence[Mapping[str, SplitResult]]]) -> dict[st
     return kinds
 
 
-def _strata(
-    pair: tuple[SplitResult, SplitResult], facts: tuple[Facts, Facts], matched: Sequence[str], multi_label: bool
+def _labels(pair: tuple[SplitResult, SplitResult]) -> tuple[np.ndarray, np.ndarray]:
+    return pair[0].labels, pair[1].labels
+
+
+def matching_strata(
+    labels: tuple[np.ndarray, np.ndarray], facts: tuple[Facts, Facts], matched: Sequence[str]
 ) -> tuple[list[str], tuple[np.ndarray, np.ndarray]]:
-    """What unseen images are matched by, and the stratum of each image of both sides."""
+    """What unseen images are matched by, and the stratum of each image of both sides.
+
+    Args:
+        labels: labels of the forget images and of unseen ones: whole numbers, or N × L findings.
+        facts: what is known of both.
+        matched: columns that the request names; those that a side does not have are left out.
+
+    Returns:
+        What they are matched by: the class (of findings: how many there are) and columns; and the strata, as words.
+    """
     keys: dict[str, list[np.ndarray]] = {}
-    if multi_label:
-        keys["number of findings (0, 1, 2, more)"] = [np.minimum((r.labels > 0.5).sum(1), 3).astype(str) for r in pair]
+    if labels[0].ndim == 2:
+        keys["number of findings (0, 1, 2, more)"] = [np.minimum((side > 0.5).sum(1), 3).astype(str) for side in labels]
     else:
-        keys["class"] = [result.labels.astype(str) for result in pair]
+        keys["class"] = [side.astype(str) for side in labels]
     for name in matched:
         if all(name in side.columns for side in facts):
             keys[name] = _column_strata(*(side.columns[name] for side in facts))
@@ -375,11 +388,10 @@ def _sanity(
     original = scores["original"]
     against = "retrained" if "retrained" in scores else "0.5"
     rows = {"unlearned": original, **({"retrained": scores["retrained"]} if "retrained" in scores else {})}
-    strata = _strata(
-        (audited.original["forget"], audited.original["validation"]),
+    strata = matching_strata(
+        _labels((audited.original["forget"], audited.original["validation"])),
         (audited.facts["forget"], audited.facts["validation"]),
         options.matched,
-        audited.multi_label,
     )[1]
     sides = Sides(audited.facts["forget"].people, unseen.people, *strata)
     difference = _entry(rows, sides, options)["difference"]

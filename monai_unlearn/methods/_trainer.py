@@ -18,10 +18,14 @@ __all__ = [
     "evaluation_mode",
     "is_iterating",
     "parameter_name",
+    "plain_network",
     "predict",
+    "prepare",
+    "require_batches",
     "require_before_savers",
     "require_loaded_weights",
     "require_supervised_trainer",
+    "train_on",
     "train_on_retain",
     "unwrapped_handlers",
 ]
@@ -98,13 +102,36 @@ def train_on_retain(engine: SupervisedTrainer, forget: ForgetSet, loader: DataLo
     """
     if loader is None:
         loader = forget.retain_loader(engine.data_loader, training=True)
-    if len(loader) == 0:
-        raise ValueError(
-            "The loader of retain samples should give at least one batch, but gives none. "
-            "Use a smaller batch size, or drop_last=False."
-        )
+    train_on(engine, loader, "retain")
+
+
+def train_on(engine: SupervisedTrainer, loader: DataLoader, part: str) -> None:
+    """Let the run go over a loader, as many epochs as it has.
+
+    Args:
+        engine: the trainer, at ``STARTED``.
+        loader: where its batches come from.
+        part: ``"retain"`` or ``"forget"``, for the error.
+
+    Raises:
+        ValueError: if the loader gives no batch.
+    """
+    require_batches(loader, part)
     engine.set_data(loader)
     engine.state.epoch_length = len(loader)
+
+
+def require_batches(loader: DataLoader, part: str) -> None:
+    """Refuse a loader that gives no batch, with which nothing would be unlearned.
+
+    Raises:
+        ValueError: if its length is 0.
+    """
+    if len(loader) == 0:
+        raise ValueError(
+            f"The loader of {part} samples should give at least one batch, but gives none. "
+            "Use a smaller batch size, or drop_last=False."
+        )
 
 
 def is_iterating(engine: Engine) -> bool:
@@ -123,19 +150,35 @@ def parameter_name(name: str) -> str:
     return name
 
 
-def predict(engine: SupervisedTrainer, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prediction and target of a batch, as the trainer's own step makes them, without automatic mixed precision."""
-    prepared: Any = engine.prepare_batch(batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)
-    if len(prepared) == 2:
-        inputs, targets = prepared
-        args, kwargs = (), {}
-    else:
-        inputs, targets, args, kwargs = prepared
-    # Past the wrapper of distributed training, whose hooks would expect a training step.
+def plain_network(engine: SupervisedTrainer) -> torch.nn.Module:
+    """The trainer's network without what compilation and distributed training wrap around it."""
+    # The hooks of distributed training would expect a training step.
     network: torch.nn.Module = getattr(engine.network, "_orig_mod", engine.network)
     if isinstance(network, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
         network = network.module
-    return engine.inferer(inputs, network, *args, **kwargs), targets
+    return network
+
+
+def predict(
+    engine: SupervisedTrainer, batch: Any, network: torch.nn.Module | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prediction and target of a batch, as the trainer's own step makes them.
+
+    Within a step that is with the step's automatic mixed precision, elsewhere without.
+
+    Args:
+        engine: the trainer.
+        batch: a batch of its loader, or of one like it.
+        network: another network than the trainer's.
+    """
+    inputs, targets, args, kwargs = prepare(engine, batch)
+    return engine.inferer(inputs, plain_network(engine) if network is None else network, *args, **kwargs), targets
+
+
+def prepare(engine: SupervisedTrainer, batch: Any) -> tuple[torch.Tensor, torch.Tensor, tuple, dict]:
+    """Inputs and targets of a batch on the trainer's device, and further arguments of the network."""
+    prepared: Any = engine.prepare_batch(batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)
+    return (*prepared, (), {}) if len(prepared) == 2 else tuple(prepared)
 
 
 @contextmanager

@@ -4,11 +4,13 @@ from monai_unlearn.report.curve import forget_size_rows
 from monai_unlearn.report.html import render_html
 from monai_unlearn.report.model_card import model_card
 from monai_unlearn.report.numbers import percent
-from monai_unlearn.report.results import SCHEMA_VERSION, build_report, gap_figures, terminal_table
+from monai_unlearn.report.results import MAIN_FIGURE, SCHEMA_VERSION, build_report, gap_figures, terminal_table
 from monai_unlearn.report.scalars import scalars
 from monai_unlearn.report.schema import read_report, validate_report
+from monai_unlearn.report.tuning import tuning_page
 
 __all__ = [
+    "MAIN_FIGURE",
     "SCHEMA_VERSION",
     "build_report",
     "forget_size_rows",
@@ -19,5 +21,6 @@ __all__ = [
     "render_html",
     "scalars",
     "terminal_table",
+    "tuning_page",
     "validate_report",
 ]

@@ -16,7 +16,7 @@ from monai_unlearn.report.results import SPLITS
 from monai_unlearn.report.summary import findings
 from monai_unlearn.report.verdict import headline, limit, meaning
 
-__all__ = ["render_html"]
+__all__ = ["environment", "render_html"]
 
 POPULATION = {
     "log_odds": "log-odds of the truth",
@@ -41,7 +41,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     models = {name: model for name, model in report["models"].items() if model is not None}
     audit = report["audit"]
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             report=report,
@@ -65,17 +65,18 @@ def render_html(report: Mapping[str, Any]) -> str:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Where the pages' templates come from."""
+    templates = Environment(
         loader=PackageLoader("monai_unlearn.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["unbroken"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")
-    environment.globals.update({name: getattr(numbers, name) for name in numbers.__all__})
-    return environment
+    templates.filters["unbroken"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")
+    templates.globals.update({name: getattr(numbers, name) for name in numbers.__all__})
+    return templates
 
 
 def _sections(report: Mapping[str, Any]) -> dict[str, str]:

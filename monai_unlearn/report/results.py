@@ -13,7 +13,7 @@ from monai_unlearn.metrics import average_gap
 from monai_unlearn.report.numbers import interval, percent
 from monai_unlearn.report.verdict import verdict_line
 
-__all__ = ["SCHEMA_VERSION", "build_report", "gap_figures", "terminal_table"]
+__all__ = ["MAIN_FIGURE", "SCHEMA_VERSION", "build_report", "gap_figures", "terminal_table"]
 
 SCHEMA_VERSION = "1.2"
 SPLITS = ("forget", "retain", "validation", "test")

@@ -1,0 +1,527 @@
+"""The page docs/results.md and its plots, made from a study's table alone.
+
+    python benchmarks/study.py --csv docs/results/study.csv
+
+The table is what ``python -m monai.bundle run study`` writes (docs/study.md). Sentences are made from the figures by
+the rules that stand in the page itself, so that nothing is said that the table does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from scipy import stats
+
+ROOT = Path(__file__).parents[1]
+NOTHING, EXACT = "nothing", "retrain"
+POWER = 3  # noise floors that the untouched original has to be away from retraining
+NEAR = 2  # noise floors that count as near
+CHEAP = 0.3  # share of retraining's samples
+EXCESS = 0.25  # of tuned saliency's excess
+CELL = ["data", "kind", "fraction"]
+WORDS = {
+    "random": "random",
+    "patients": "single patients",
+    "all_female": "all women",
+    "all_male": "all men",
+    "one_class": "one class",
+    "one_site": "one site",
+}
+HEADER = (
+    *("method", "seeds", "gap", "excess", "forget", "retain", "test", "attack", "verdicts"),
+    "cost, share of retraining's samples",
+)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8a8a")
+MARKERS = "osD^vPX*<>hp"
+
+
+def load(csv: Path) -> pd.DataFrame:
+    """The rows that the page is made of: for each key those of the run that finished last."""
+    table = pd.read_csv(csv, dtype={"key": str, "commit": str, "error": str, "options": str})
+    table = table.sort_values("finished", kind="stable").drop_duplicates("key", keep="last").copy()
+    table["error"] = table["error"].fillna("")
+    table["arm"] = _arms(table)
+    main = np.where(table["task"] == "multi-label", "auroc", "accuracy")
+    for split in ("retain", "test"):  # of the task's main figure, in points
+        sd = [table[f"retrained_{split}_{name}_sd"].to_numpy(float) for name in ("accuracy", "auroc")]
+        table[f"{split}_sd"] = 100 * np.where(main == "auroc", sd[1], sd[0])
+    return table.reset_index(drop=True)
+
+
+def _arms(table: pd.DataFrame) -> list[str]:
+    """What a row's method is called: with the options in which rows of one method on one data set differ."""
+    options = [json.loads(text) if isinstance(text, str) and text else {} for text in table["options"]]
+    names = []
+    groups = list(zip(table["data"], table["method"]))
+    differing: dict[tuple, set[str]] = {}
+    for group in set(groups):
+        own = [options[i] for i, other in enumerate(groups) if other == group]
+        keys = set().union(*own)
+        differing[group] = {key for key in keys if len({json.dumps(one.get(key)) for one in own}) > 1}
+    for group, method, tuned, own in zip(groups, table["method"], table["tuned"], options):
+        name = "untouched original" if method == NOTHING else str(method).replace("_", " ")
+        extra = [f"{key} {own[key]}" for key in sorted(differing[group]) if key in own] if method != NOTHING else []
+        if str(tuned).lower() == "true":
+            extra.insert(0, "tuned")
+        names.append(f"{name}, {', '.join(extra)}" if extra else name)
+    return names
+
+
+def per_seed(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Mean of columns for each seed: over the single patients, where there are any."""
+    return rows.groupby("seed")[list(columns)].mean()
+
+
+def interval(values: Iterable[float]) -> tuple[float, float, float]:
+    """Mean and 95 % t-interval over seeds; NaN where there is no value, and no ends with a single one."""
+    known = np.array([value for value in values if not np.isnan(value)], dtype=float)
+    if len(known) == 0:
+        return float("nan"), float("nan"), float("nan")
+    mean = float(known.mean())
+    if len(known) == 1:
+        return mean, float("nan"), float("nan")
+    half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known)))
+    return mean, mean - half, mean + half
+
+
+def number(value: float, digits: int = 1, sign: bool = False) -> str:
+    """A number with a true minus; a dash for what is not known."""
+    if value is None or np.isnan(value):
+        return "–"
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def with_interval(values: Iterable[float], digits: int = 1, sign: bool = False) -> str:
+    """``mean (low to high)``."""
+    mean, low, high = interval(values)
+    if np.isnan(low):
+        return number(mean, digits, sign)
+    return f"{number(mean, digits, sign)} ({number(low, digits, sign)} to {number(high, digits, sign)})"
+
+
+def cell_name(kind: str, fraction: float) -> str:
+    """What a forget set is called."""
+    words = WORDS.get(kind, kind)
+    return words if np.isnan(fraction) else f"{words}, {100 * fraction:g} %"
+
+
+class Cell:
+    """All runs on one kind and size of forget set of one data set."""
+
+    def __init__(self, rows: pd.DataFrame) -> None:
+        self.kind, self.fraction = rows["kind"].iloc[0], float(rows["fraction"].iloc[0])
+        self.name = cell_name(self.kind, self.fraction)
+        done = rows[rows["error"] == ""]
+        levels = per_seed(done, ["floor", "untouched_gap", "test_sd", "retain_sd"])
+        self.floor, self.untouched = levels["floor"].mean(), levels["untouched_gap"].mean()
+        self.sd = {split: levels[f"{split}_sd"].mean() for split in ("test", "retain")}
+        self.power = bool(self.untouched >= POWER * self.floor)
+        self.arms = {arm: own for arm, own in done.groupby("arm", sort=False)}
+        self.n = done["n_forget"].mean()
+        self.seeds = done["seed"].nunique()
+
+    def mean(self, arm: str, column: str) -> float:
+        """Mean of a column over the seeds."""
+        return float(per_seed(self.arms[arm], [column])[column].mean())
+
+    def values(self, arm: str, column: str) -> pd.Series:
+        """A column for each seed."""
+        return per_seed(self.arms[arm], [column])[column]
+
+    def methods(self) -> list[str]:
+        """Arms that are neither the untouched original nor retraining itself, nearest to retraining first."""
+        own = [arm for arm, rows in self.arms.items() if rows["method"].iloc[0] not in (NOTHING, EXACT)]
+        return sorted(own, key=lambda arm: self.mean(arm, "gap"))
+
+    def worse_than_nothing(self, arm: str) -> bool:
+        """Whether an arm is further from retraining than the untouched original, beyond the seeds' spread."""
+        difference = self.values(arm, "gap") - self.values(arm, "untouched_gap")
+        return interval(difference)[1] > 0
+
+    def harms(self, arm: str) -> list[str]:
+        """Splits on which an arm is below the retrained models by more than their standard deviation."""
+        return [split for split in ("retain", "test") if self.mean(arm, f"{split}_change") < -self.sd[split]]
+
+    def table(self) -> list[list[str]]:
+        """Lines of the cell's table, nearest to retraining first."""
+        lines = []
+        for arm in sorted(self.arms, key=lambda arm: self.mean(arm, "gap")):
+            rows = self.arms[arm]
+            tuned = self.mean(arm, "share_with_tuning"), self.mean(arm, "share")
+            share = f"{number(100 * tuned[0], 0)} %"
+            if tuned[0] > tuned[1]:
+                share += f" ({number(100 * tuned[1], 0)} % untuned)"
+            lines.append(
+                [
+                    arm,
+                    str(rows["seed"].nunique()),
+                    with_interval(self.values(arm, "gap")),
+                    number(self.mean(arm, "excess")),
+                    *(with_interval(self.values(arm, f"{s}_change"), sign=True) for s in ("forget", "retain", "test")),
+                    with_interval(self.values(arm, "population_attack_difference"), 3, sign=True),
+                    verdicts(rows),
+                    share,
+                ]
+            )
+        return lines
+
+
+def verdicts(rows: pd.DataFrame) -> str:
+    """How often each verdict was given."""
+    told = [
+        f"{answer} ({direction})" if isinstance(direction, str) and direction else answer
+        for answer, direction in zip(rows["verdict"], rows["direction"])
+        if isinstance(answer, str)
+    ]
+    return ", ".join(f"{told.count(one)} × {one}" for one in dict.fromkeys(sorted(told))) or "–"
+
+
+def counted(counts: dict[str, int], total: int) -> str:
+    """``a in 2 of 3, b in 1 of 3``, most first."""
+    found = sorted(((n, arm) for arm, n in counts.items() if n), key=lambda pair: (-pair[0], pair[1]))
+    return ", ".join(f"{arm} in {n} of {total}" for n, arm in found) or "none"
+
+
+class Data:
+    """All that the table has of one data set, and what the page says of it."""
+
+    def __init__(self, name: str, rows: pd.DataFrame) -> None:
+        self.name, self.rows = name, rows
+        self.slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        done = rows[rows["error"] == ""]
+        groups = [group for _, group in done.groupby(["kind", "fraction"], dropna=False)]
+        order = list(dict.fromkeys(rows["kind"]))
+        self.cells = sorted((Cell(group) for group in groups), key=lambda cell: (order.index(cell.kind), cell.fraction))
+        self.powered = [cell for cell in self.cells if cell.power]
+        self.powerless = [cell for cell in self.cells if not cell.power]
+        self.failures = rows[rows["error"] != ""]
+        self.figure = "AUROC" if (done["task"] == "multi-label").any() else "accuracy"
+
+    def facts(self) -> str:
+        """On what the figures were made."""
+        done = self.rows[self.rows["error"] == ""]
+        commits = ", ".join(f"`{commit}`" for commit in sorted(set(done["commit"])))
+        devices = ", ".join(sorted(set(done["device"].dropna())))
+        shared = self._shared_settings()
+        settings = f" Settings that differ from the shipped ones: {shared}." if shared else ""
+        return (
+            f"{len(done)} runs, seeds {', '.join(map(str, sorted(set(done['seed']))))}; {devices}; "
+            f"code {commits}.{settings}"
+        )
+
+    def _shared_settings(self) -> str:
+        options = [json.loads(text) for text in self.rows["options"] if isinstance(text, str) and text]
+        keys = sorted(set().union(*options)) if options else []
+        same = [key for key in keys if len({json.dumps(one.get(key)) for one in options if key in one}) == 1]
+        values = {key: next(one[key] for one in options if key in one) for key in same}
+        return ", ".join(f"`{key}` {json.dumps(value)}" for key, value in values.items())
+
+    def effectiveness(self) -> list[str]:
+        """Which methods come near to retraining."""
+        if not self.powered:
+            return [f"No forget set of {self.name} has power: nothing is said of its methods' effect."]
+        total = len(self.powered)
+        first: dict[str, int] = {}
+        near: dict[str, int] = {}
+        worse: dict[str, int] = {}
+        for cell in self.powered:
+            for place, arm in enumerate(cell.methods()):
+                first[arm] = first.get(arm, 0) + (place == 0)
+                near[arm] = near.get(arm, 0) + (cell.mean(arm, "gap") <= NEAR * cell.floor)
+                worse[arm] = worse.get(arm, 0) + cell.worse_than_nothing(arm)
+        runs = pd.concat([cell.arms[arm] for cell in self.powered for arm in cell.methods()] or [self.rows[:0]])
+        told = {arm: verdicts(rows) for arm, rows in runs.groupby("arm")}
+        return [
+            f"The smallest mean gap was that of {counted(first, total)} forget sets with power.",
+            f"Within {NEAR} noise floors of retraining: {counted(near, total)}.",
+            f"Further from retraining than the untouched original, beyond the seeds' spread: {counted(worse, total)}.",
+            "Verdicts of the audits: " + "; ".join(f"{arm}: {text}" for arm, text in told.items()) + ".",
+        ]
+
+    def size(self) -> list[str]:
+        """Whether generalisation falls as the random forget set grows."""
+        cells = sorted((cell for cell in self.cells if cell.kind == "random"), key=lambda cell: cell.fraction)
+        sentences = []
+        for arm in self._methods(cells):
+            own = [cell for cell in cells if arm in cell.arms]
+            changes = ", ".join(
+                f"{100 * cell.fraction:g} %: {with_interval(cell.values(arm, 'test_change'), sign=True)}"
+                for cell in own
+            )
+            said = f"{arm}: test {self.figure} against retraining {changes} points"
+            if len(own) > 1:
+                trend = own[-1].values(arm, "test_change") - own[0].values(arm, "test_change")
+                mean, low, high = interval(trend)
+                word = "no trend that these seeds show"
+                if high < 0:
+                    word = f"it falls by {number(-mean)} points from the smallest to the largest"
+                elif low > 0:
+                    word = f"it rises by {number(mean)} points from the smallest to the largest"
+                said += f"; {word}"
+            sentences.append(said + ".")
+        return sentences
+
+    def harm(self) -> str:
+        """Where retain or test figures are below the retrained models'."""
+        counts: dict[str, int] = {}
+        total: dict[str, int] = {}
+        for cell in self.cells:
+            for arm in cell.methods():
+                counts[arm] = counts.get(arm, 0) + bool(cell.harms(arm))
+                total[arm] = total.get(arm, 0) + 1
+        harmed = [f"{arm} on {n} of {total[arm]} forget sets" for arm, n in sorted(counts.items()) if n]
+        free = [arm for arm, n in sorted(counts.items()) if not n]
+        said = f"Retain or test {self.figure} below the retrained models' by more than their standard deviation: "
+        said += ", ".join(harmed) or "none"
+        return said + (f". On none: {', '.join(free)}." if free and harmed else ".")
+
+    def alike(self, pair: str, one: str, other: str) -> list[str]:
+        """Whether two strata of the images are treated alike, within what retrained models differ by."""
+        sentences = []
+        for arm in self._methods(self.cells):
+            parts: dict[str, list[str]] = {}
+            for cell in self.cells:
+                if arm not in cell.arms:
+                    continue
+                for split in ("forget", "test"):
+                    values = cell.values(arm, f"{pair}_{split}_difference")
+                    mean, low, high = interval(values)
+                    if np.isnan(mean):
+                        continue
+                    floor = cell.mean(arm, f"{pair}_{split}_floor")
+                    if abs(mean) <= floor:
+                        word = "alike"
+                    elif low > 0 or high < 0:
+                        word = f"unlike ({one} less {other})"
+                    else:
+                        word = "not shown"
+                    text = f"{cell.name}, {split} {number(mean, sign=True)}"
+                    parts.setdefault(word, []).append(text)
+            if parts:
+                told = [
+                    f"{word} on {len(texts)}" + (f" [{'; '.join(texts)}]" if word.startswith("unlike") else "")
+                    for word, texts in sorted(parts.items())
+                ]
+                sentences.append(f"{arm}: {', '.join(told)}.")
+        return sentences
+
+    def between(self, one: str, other: str) -> list[str]:
+        """Whether one kind of forget set ends further from retraining than another of the same size."""
+        sentences = []
+        cells = {(cell.kind, cell.fraction): cell for cell in self.cells}
+        for (kind, fraction), cell in cells.items():
+            second = cells.get((other, fraction))
+            if kind != one or second is None:
+                continue
+            for arm in self._methods([cell]):
+                if arm in second.arms:
+                    excess = cell.values(arm, "excess") - second.values(arm, "excess")
+                    mean, low, high = interval(excess)
+                    word = "no difference that these seeds show"
+                    if low > 0 or high < 0:
+                        word = f"further from retraining for {one if mean > 0 else other}"
+                    sentences.append(
+                        f"{arm}, {one} less {other}, {100 * fraction:g} %: excess over the floor "
+                        f"{with_interval(excess, sign=True)} points: {word}."
+                    )
+        return sentences
+
+    def cost(self) -> list[str]:
+        """What each method costs, as a share of retraining's samples."""
+        sentences = []
+        for arm in self._methods(self.cells):
+            cells = [cell for cell in self.cells if arm in cell.arms]
+            share, whole = (
+                100 * np.mean([cell.mean(arm, column) for cell in cells]) for column in ("share", "share_with_tuning")
+            )
+            seconds = 100 * np.mean([cell.mean(arm, "seconds_share_with_tuning") for cell in cells])
+            said = f"{arm}: {number(whole, 0)} % of retraining's samples, {number(seconds, 0)} % of its seconds"
+            if whole > share:
+                said += f", tuning included; {number(share, 0)} % of the samples without"
+            if whole > 100:
+                said += ": more than retraining"
+            sentences.append(said + ".")
+        return sentences
+
+    def targets(self) -> list[list[str]]:
+        """For each method on how many forget sets with power it holds what was asked for."""
+        tuned = [arm for arm in self._methods(self.powered) if arm.startswith("saliency, tuned")]
+        lines = []
+        for arm in self._methods(self.powered):
+            cells = [cell for cell in self.powered if arm in cell.arms]
+            against = [
+                cell.mean(arm, "excess") <= EXCESS * min(cell.mean(one, "excess") for one in tuned if one in cell.arms)
+                for cell in cells
+                if any(one in cell.arms for one in tuned)
+            ]
+            answers = pd.concat([cell.arms[arm] for cell in cells])["verdict"]
+            lines.append(
+                [
+                    arm,
+                    f"{sum(cell.mean(arm, 'gap') <= NEAR * cell.floor for cell in cells)} of {len(cells)}",
+                    f"{sum(against)} of {len(against)}" if against else "–",
+                    f"{sum(cell.mean(arm, 'share_with_tuning') <= CHEAP for cell in cells)} of {len(cells)}",
+                    f"{sum(not cell.harms(arm) for cell in cells)} of {len(cells)}",
+                    f"{(answers == 'equivalent').sum()} / {(answers == 'inconclusive').sum()} of {len(answers)}",
+                ]
+            )
+        return lines
+
+    def _methods(self, cells: Iterable[Cell]) -> list[str]:
+        return list(dict.fromkeys(arm for cell in cells for arm in sorted(cell.methods())))
+
+    def failed(self) -> list[list[str]]:
+        """Runs that failed."""
+        return [
+            [
+                row["arm"],
+                cell_name(row["kind"], float(row["fraction"])),
+                str(row["seed"]),
+                row["error"].replace("|", "/"),
+            ]
+            for _, row in self.failures.iterrows()
+        ]
+
+    def plot_size(self, folder: Path) -> str | None:
+        """Test change against the share that is forgotten, for random forget sets."""
+        cells = sorted((cell for cell in self.cells if cell.kind == "random"), key=lambda cell: cell.fraction)
+        if len({cell.fraction for cell in cells}) < 2:
+            return None
+        figure, axes = _axes(f"test {self.figure} less the retrained models', points", "share forgotten, %")
+        places = [100 * cell.fraction for cell in cells]
+        sd = np.array([cell.sd["test"] for cell in cells])
+        axes.fill_between(places, -sd, sd, color="#bbbbbb", alpha=0.4, linewidth=0, label="retrained models' sd")
+        axes.axhline(0, color="#333333", linewidth=0.8)
+        arms = self._methods(cells)
+        for i, arm in enumerate(["untouched original", *arms]):
+            own = [cell for cell in cells if arm in cell.arms]
+            found = np.array([interval(cell.values(arm, "test_change")) for cell in own])
+            if len(own):
+                x = np.array([100 * cell.fraction for cell in own]) * (1 + 0.012 * (i - len(arms) / 2))
+                _draw(axes, x, found, i, arm)
+        axes.set_xscale("log")
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
+        return _save(figure, folder / f"study-size-{self.slug}.svg")
+
+    def plot_cost(self, folder: Path) -> str | None:
+        """Excess gap against cost: mean over the forget sets with power, variants of one method joined."""
+        arms = self._methods(self.powered)
+        if not arms:
+            return None
+        figure, axes = _axes("mean gap to retraining in noise floors", "share of retraining's samples, %")
+        lines: dict[str, list[tuple[float, float, float]]] = {}
+        for arm in arms:
+            cells = [cell for cell in self.powered if arm in cell.arms and cell.floor > 0]
+            if not cells:
+                continue
+            gap = float(np.mean([cell.mean(arm, "gap") / cell.floor for cell in cells]))
+            share, whole = (
+                100 * float(np.mean([cell.mean(arm, name) for cell in cells]))
+                for name in ("share", "share_with_tuning")
+            )
+            lines.setdefault(arm.split(",")[0] + (", tuned" if ", tuned" in arm else ""), []).append(
+                (whole, gap, share)
+            )
+        for i, (name, points) in enumerate(lines.items()):
+            whole, gap, share = np.array(sorted(points)).T
+            color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+            axes.plot(whole, gap, color=color, marker=marker, markersize=5, linewidth=1, label=name)
+            for x, y, before in zip(whole, gap, share):
+                if before < x:  # where it stands without its tuning
+                    axes.plot([before, x], [y, y], color=color, linewidth=1, linestyle=":")
+                    axes.plot(before, y, color=color, marker=marker, markersize=5, fillstyle="none")
+        untouched = float(np.mean([cell.untouched / cell.floor for cell in self.powered if cell.floor > 0]))
+        axes.axhline(untouched, color="#8a8a8a", linewidth=0.8, linestyle="--", label="untouched original")
+        axes.axhline(NEAR, color="#333333", linewidth=0.8, linestyle=":", label=f"{NEAR} floors")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        return _save(figure, folder / f"study-cost-{self.slug}.svg")
+
+
+def _axes(y: str, x: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _draw(axes: Any, x: np.ndarray, found: np.ndarray, i: int, label: str) -> None:
+    """Means with their intervals."""
+    mean = found[:, 0]
+    ends = np.nan_to_num(np.abs(found[:, 1:].T - mean))
+    style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+    axes.errorbar(x, mean, yerr=ends, markersize=5, linewidth=1, capsize=2, label=label, **style)
+
+
+def _save(figure: Figure, path: Path) -> str:
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):  # the same file each time
+        figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return path.name
+
+
+def page(table: pd.DataFrame, csv: Path, images: Path, folder: Path) -> str:
+    """The page as Markdown, with its plots written.
+
+    Args:
+        table: as ``load`` gives it.
+        csv: its file.
+        images: folder of the plots.
+        folder: where the page will lie, from which it points to the others.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    sets = []
+    for name, rows in table.groupby("data", sort=False):
+        data = Data(str(name), rows)
+        plots = {"size": data.plot_size(images), "cost": data.plot_cost(images)}
+        sets.append((data, plots))
+
+    def below(path: Path) -> str:
+        return Path(path).resolve().relative_to(folder.resolve()).as_posix()
+
+    return environment.get_template("study.md.j2").render(
+        sets=sets,
+        csv=below(csv),
+        images=below(images),
+        number=number,
+        power=POWER,
+        near=NEAR,
+        cheap=round(100 * CHEAP),
+        header=f"| {' | '.join(HEADER)} |\n" + "|---" * len(HEADER) + "|",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "results" / "study.csv")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
+    chosen = parser.parse_args(arguments)
+    text = page(load(chosen.csv), chosen.csv, chosen.images, chosen.page.parent)
+    chosen.page.write_text(text, encoding="utf-8")
+    print(f"Wrote {chosen.page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""Perturb and recover: noise on every kernel, then the recipe's training in fast motion on the retain set alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, Protocol, cast
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from monai_unlearn.cost import Cost, seconds_of
+from monai_unlearn.forget_set import ForgetSet
+from monai_unlearn.methods._trainer import (
+    plain_network,
+    require_before_savers,
+    require_loaded_weights,
+    require_supervised_trainer,
+    train_on,
+)
+from monai_unlearn.methods._weights import kernels
+from monai_unlearn.methods.weight_noise import noisy
+
+__all__ = ["PerturbAndRecover", "excess", "steps_within"]
+
+logger = logging.getLogger("monai_unlearn")
+
+# States that may be judged: the last one, and the one before it where the last one can be told from an unseen one.
+JUDGED = 2
+State = dict[str, torch.Tensor]
+
+
+class Judgement(Protocol):
+    """What a judge says of a network: see ``monai_unlearn.selection.Judgement``."""
+
+    @property
+    def auc(self) -> float:
+        """AUC of forget images against matched unseen ones, in [0, 1]."""
+
+    @property
+    def low(self) -> float:
+        """Lower end of its interval."""
+
+    @property
+    def high(self) -> float:
+        """Upper end of its interval."""
+
+    @property
+    def utility(self) -> float:
+        """Accuracy or mean AUROC on unseen images, in [0, 1]."""
+
+
+class Judge(Protocol):
+    """Who judges a network: see ``monai_unlearn.selection.SelectionJudge``."""
+
+    cost: Cost
+    matched_on: tuple[str, ...]
+
+    @property
+    def samples(self) -> int:
+        """How many samples a judgement passes through the network."""
+
+    def evaluate(self, network: nn.Module) -> Judgement:
+        """Judge a network."""
+
+
+def steps_within(samples: float, batch_size: int, batches: int) -> tuple[int, int]:
+    """Epochs and steps in each, as near to whole epochs as a number of samples allows, and never more.
+
+    Args:
+        samples: how many samples may be trained on.
+        batch_size: samples a step.
+        batches: steps in a whole epoch.
+
+    Returns:
+        Number of epochs, at least 1, and steps in each; 0 steps if the samples do not make one batch.
+    """
+    steps = int(samples // batch_size)
+    epochs = max(1, round(steps / batches))
+    return epochs, steps // epochs
+
+
+def excess(judgement: Judgement) -> float:
+    """How far the interval of the AUC is from ½.
+
+    Returns:
+        0 where the interval holds ½; above 0 if the network remembers, below 0 if it over-forgets. Where there is no
+        interval, the AUC itself decides.
+    """
+    low = judgement.auc if math.isnan(judgement.low) else judgement.low
+    high = judgement.auc if math.isnan(judgement.high) else judgement.high
+    return max(0.0, low - 0.5) + min(0.0, high - 0.5)
+
+
+class PerturbAndRecover:
+    r"""Disturb every kernel by noise as large as its own spread, then repeat the recipe's training in fast motion.
+
+    1. θ_k += scale · std(θ_k) · ε, ε ~ N(0, 1), for each kernel θ_k; BatchNorm's running statistics are reset.
+    2. Training on the retain set alone with the recipe's optimizer and loss, without augmentation, in one cycle of the
+       learning rate (Smith & Topin, arXiv:1708.07120) up to the recipe's own. It lasts as long as ``budget`` allows.
+    3. A judge compares forget samples with matched unseen ones. If they can still be told apart, or if the run
+       diverged, the state before is looked at too and the better of both is kept.
+
+    Nothing ever trains on a forget sample, so that none is pushed below what an unseen one scores. The trainer is to be
+    the recipe's own: its optimizer (with its learning rate), its loader and its ``max_epochs`` say what the original
+    training was. Schedules of its own have to be left out.
+
+    Runs on ``STARTED``, ``LOSS_COMPLETED``, ``ITERATION_COMPLETED``, ``EPOCH_COMPLETED`` and ``COMPLETED``.
+
+    Args:
+        forget: the forget set.
+        budget: share of the original training's samples (epochs × training samples) that unlearning may pass through
+            the network, judging included, above 0. At 1 it takes as long as the original training.
+        scale: standard deviation of the noise in units of each kernel's own, at least 0.
+        judge: who judges states; None: none is judged, and the last one is kept.
+        seed: seed of the noise.
+        loader: retain samples only, shuffled, without augmentation; by default made from the trainer's own loader.
+
+    Attributes:
+        cost: what the change of the weights cost.
+        tuning_cost: what judging cost.
+        notes: what was judged and chosen, in sentences.
+
+    Raises:
+        ValueError: if an argument is out of its range, the budget does not make one step, or retain samples can't be
+            found.
+        TypeError: if attached to an engine that is no plain ``SupervisedTrainer``.
+        RuntimeError: if a ``CheckpointLoader`` stands after it or a ``CheckpointSaver`` before it, the network has no
+            kernel to train, or the run diverges before its first epoch ends.
+
+    Example::
+
+        trainer = SupervisedTrainer(..., max_epochs=30, train_handlers=[PerturbAndRecover(forget, budget=0.2)])
+    """
+
+    cost_phase = "unlearn"
+
+    def __init__(
+        self,
+        forget: ForgetSet,
+        *,
+        budget: float = 0.2,
+        scale: float = 1.0,
+        judge: Judge | None = None,
+        seed: int = 0,
+        loader: DataLoader | None = None,
+    ) -> None:
+        if not (math.isfinite(budget) and budget > 0):
+            raise ValueError(
+                f"budget should be above 0, but got {budget!r}. It is the share of the original training's samples "
+                "that unlearning may pass through the network, 0.2 for a fifth."
+            )
+        if not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(f"scale should be a number of at least 0, but got {scale!r}.")
+        self.forget = forget
+        self.budget = budget
+        self.scale = scale
+        self.judge = judge
+        self.seed = seed
+        self.loader = loader
+        self.cost = Cost()
+        self.tuning_cost = Cost()
+        self.notes: list[str] = []
+        self._recipe_epochs = 0
+        self._cycle: torch.optim.lr_scheduler.OneCycleLR | None = None
+        self._groups: list[dict[str, Any]] = []
+        self._states: list[State] = []
+        self._diverged = False
+
+    def attach(self, engine: Engine) -> None:
+        """Register on a trainer's events."""
+        require_supervised_trainer(engine, self)
+        self._recipe_epochs = int(engine.state.max_epochs or 0)
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._watch)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._keep)
+        engine.add_event_handler(Events.COMPLETED, self._complete)
+
+    def _start(self, engine: SupervisedTrainer) -> None:
+        require_supervised_trainer(engine, self)
+        require_loaded_weights(engine, self)
+        require_before_savers(engine, self)
+        self._release(engine)
+        self.cost, self.tuning_cost = Cost(), Cost()
+        self.notes, self._states, self._diverged = [], [], False
+        epochs, length = self._plan(engine)
+        with seconds_of(self.cost, engine.state.device):
+            self._perturb(plain_network(engine))
+        # Its moments know the forget set where the trainer is the one that trained the original.
+        engine.optimizer.state.clear()
+        self._groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+        self._cycle = torch.optim.lr_scheduler.OneCycleLR(
+            engine.optimizer,
+            [float(group["lr"]) for group in engine.optimizer.param_groups],
+            total_steps=epochs * length + 1,  # the last step would be lost on a rate of nearly nothing
+            cycle_momentum=False,
+        )
+
+    def _plan(self, engine: SupervisedTrainer) -> tuple[int, int]:
+        """Give the run its data and length: epochs and steps in each."""
+        recipe = self._recipe_epochs * len(cast(Any, engine.data_loader).dataset)
+        loader = self.loader
+        if loader is None:
+            loader = self.forget.retain_loader(engine.data_loader, training=True, augmentation=False)
+        train_on(engine, loader, "retain")
+        batch = loader.batch_size or 1
+        reserved = 0 if self.judge is None else JUDGED * self.judge.samples
+        epochs, length = steps_within(self.budget * recipe - reserved, batch, len(loader))
+        if not length:
+            raise ValueError(
+                f"budget should allow at least one step, but {self.budget:g} of the original training's "
+                f"{recipe} samples are {self.budget * recipe:.0f}, of which judging takes {reserved} and a step {batch}"
+                f". Use a budget of at least {(reserved + batch) / max(recipe, 1):.2g}."
+            )
+        engine.state.max_epochs, engine.state.epoch_length = epochs, length
+        logger.info(
+            "Perturb and recover: %d epochs of %d steps on the retain set, within %.0f %% of the original training",
+            epochs,
+            length,
+            100 * self.budget,
+        )
+        return epochs, length
+
+    @torch.no_grad()
+    def _perturb(self, network: nn.Module) -> None:
+        found = kernels(network)
+        if not found:
+            raise RuntimeError(
+                "PerturbAndRecover needs a weight of two or more dimensions that requires a gradient, but the network "
+                "has none. Let its weights require a gradient."
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        for kernel in found.values():
+            kernel.copy_(noisy(kernel, self.scale, generator))
+        for module in network.modules():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                module.reset_running_stats()
+
+    def _watch(self, engine: SupervisedTrainer) -> None:
+        loss = engine.state.output[CommonKeys.LOSS]
+        if bool(torch.isfinite(loss).all()):
+            return
+        if not self._states:
+            raise RuntimeError(
+                "The run diverged before its first epoch ended: the loss is not finite. Lower the recipe's learning "
+                "rate, and check the images for NaN. Nothing was written."
+            )
+        self._diverged = True
+        # The step that follows is of no consequence: the state is put back when the run ends.
+        engine.state.output[CommonKeys.LOSS] = torch.zeros_like(loss, requires_grad=True)
+        engine.terminate()
+
+    def _step(self, engine: SupervisedTrainer) -> None:
+        if self._cycle is not None and not self._diverged:
+            self._cycle.step()
+
+    def _keep(self, engine: SupervisedTrainer) -> None:
+        """Keep the states of the last epochs, of which the last is the network's own for now."""
+        if self._diverged:
+            return
+        state = {name: value.detach().clone() for name, value in engine.network.state_dict().items()}
+        if all(bool(torch.isfinite(value).all()) for value in state.values() if value.is_floating_point()):
+            self._states = [*self._states, state][-JUDGED:]
+        elif not self._states:
+            raise RuntimeError(
+                "The run diverged in its first epoch: weights are not finite. Lower the recipe's learning rate."
+            )
+        else:
+            self._diverged = True
+            engine.terminate()
+
+    def _complete(self, engine: SupervisedTrainer) -> None:
+        if not self._states:
+            raise RuntimeError("The run ended before its first epoch did, so nothing was unlearned.")
+        self._release(engine)
+        chosen = self._states[-1]
+        if self._diverged:
+            self._say("The run diverged; the last state before that was kept. Lower the recipe's learning rate.")
+            engine.network.load_state_dict(chosen)
+        if self.judge is None:
+            self._say(
+                "No state was judged, as there are no unseen images that are comparable to those to forget: the run "
+                f"lasted as long as its budget of {100 * self.budget:g} % of the original training."
+            )
+        else:
+            self.judge.cost = self.tuning_cost
+            self._choose(engine.network, self.judge)
+        self._states = []
+
+    def _choose(self, network: nn.Module, judge: Judge) -> None:
+        """Keep the last state, or the one before it if that can be told from an unseen one less easily."""
+        last = judge.evaluate(network)
+        judged, which = last, "the last state"
+        if excess(last) and len(self._states) > 1:
+            network.load_state_dict(self._states[0])
+            before = judge.evaluate(network)
+            # What is gained in not being told apart has to be more than what is lost on unseen images.
+            if abs(excess(before)) + max(0.0, last.utility - before.utility) < abs(excess(last)):
+                judged, which = before, "the state one epoch before the last"
+            else:
+                network.load_state_dict(self._states[-1])
+        self._say(
+            f"Judged on the selection half of the validation data, {which} was kept: AUC of forget images against "
+            f"unseen ones (matched by {', '.join(judge.matched_on)}) {judged.auc:.3f} "
+            f"[{judged.low:.3f}, {judged.high:.3f}]."
+        )
+        if excess(judged) > 0:
+            self._say("Forget images can still be told from unseen ones there: the budget was not enough. Raise it.")
+        elif excess(judged) < 0:
+            self._say(
+                "Forget images score lower there than unseen ones: judge by the retrained models whether they may."
+            )
+
+    def _say(self, sentence: str) -> None:
+        self.notes.append(sentence)
+        logger.info("%s", sentence)
+
+    def _release(self, engine: SupervisedTrainer) -> None:
+        """Put the optimizer's settings and the length of the recipe back."""
+        self._cycle = None
+        for group, settings in zip(engine.optimizer.param_groups, self._groups):
+            for key in [key for key in group if key != "params" and key not in settings]:
+                del group[key]
+            group.update(settings)
+        self._groups = []
+        engine.state.max_epochs = self._recipe_epochs

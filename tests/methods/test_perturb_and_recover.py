@@ -1,0 +1,323 @@
+"""Perturb and recover: what is disturbed, how long and at which rate is trained, and which state is kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ignite.engine import Events
+from method_tasks import IS_FORGET, LABELS, NETWORKS, with_labels
+from monai.data import DataLoader, Dataset
+from monai.engines.utils import IterationEvents
+from monai.handlers import CheckpointSaver
+from monai.transforms import Compose, EnsureTyped, RandScaleIntensityd
+from torch import nn
+from torch.nn import functional
+
+from monai_unlearn.cost import Cost
+from monai_unlearn.methods import PerturbAndRecover
+from monai_unlearn.methods.perturb_and_recover import excess, steps_within
+from monai_unlearn.methods.weight_noise import noisy
+
+RETAIN = [i for i in range(30) if not IS_FORGET[i]]
+NAN = float("nan")
+
+
+def verdict(auc, low=NAN, high=NAN, utility=0.8):
+    return SimpleNamespace(auc=auc, low=low, high=high, utility=utility)
+
+
+class Judge:
+    """Says in turn what it was told to say, and remembers which networks it saw."""
+
+    def __init__(self, *answers, samples=5):
+        self.answers, self.samples = list(answers), samples
+        self.cost, self.matched_on = Cost(), ("class",)
+        self.seen = []
+
+    def evaluate(self, network):
+        self.cost.samples += self.samples
+        self.seen.append({name: value.clone() for name, value in network.state_dict().items()})
+        return self.answers.pop(0)
+
+
+# The pure functions
+
+
+@given(samples=st.floats(0, 1e6), batch=st.integers(1, 500), batches=st.integers(1, 1000))
+def test_steps_stay_within_the_samples_and_near_whole_epochs(samples, batch, batches) -> None:
+    epochs, length = steps_within(samples, batch, batches)
+    assert epochs >= 1
+    assert epochs * length * batch <= samples
+    assert epochs * (length + 1) > samples // batch  # nothing is left that would make each epoch a step longer
+    if samples >= batch * batches:
+        assert batches / 2 < length < 1.6 * batches + 1
+
+
+@pytest.mark.parametrize(
+    ("given_verdict", "expected"),
+    [
+        (verdict(0.53, 0.48, 0.58), 0.0),
+        (verdict(0.6, 0.55, 0.65), 0.05),
+        (verdict(0.3, 0.25, 0.35), -0.15),
+        (verdict(0.55), 0.05),
+        (verdict(0.45), -0.05),
+    ],
+)
+def test_the_excess_is_how_far_the_interval_is_from_a_half(given_verdict, expected) -> None:
+    assert excess(given_verdict) == pytest.approx(expected)
+
+
+# What is trained
+
+
+def test_float64_training_equals_a_hand_written_loop(make_trainer, make_network, forget, double) -> None:
+    network = make_network().double()
+    expected = copy.deepcopy(network)
+    handler = PerturbAndRecover(forget, budget=0.6, scale=0.7, seed=3)
+    make_trainer([handler], network=network, dataset=double, batch_size=20, shuffle=False, max_epochs=5).run()
+
+    generator = torch.Generator().manual_seed(3)
+    steps = int(0.6 * 5 * 30 // 20)
+    images = torch.stack([double.data[i]["image"] for i in RETAIN])
+    labels = torch.tensor([int(double.data[i]["label"]) for i in RETAIN])
+    with torch.no_grad():
+        for name in ("0.weight", "5.weight"):
+            weight = expected.get_parameter(name)
+            weight.copy_(noisy(weight, 0.7, generator))
+    expected[1].reset_running_stats()
+    momenta = [torch.zeros_like(parameter) for parameter in expected.parameters()]
+    for step in range(steps):
+        up, peak = 0.3 * (steps + 1) - 1, steps  # where the cycle turns, and where it ends
+        part = step / up if step <= up else (step - up) / (peak - up)
+        low, high = (0.1 / 25, 0.1) if step <= up else (0.1, 0.1 / 25 / 1e4)
+        rate = high + (low - high) / 2 * (1 + math.cos(math.pi * part))
+        loss = functional.cross_entropy(expected.train()(images), labels)
+        gradients = torch.autograd.grad(loss, list(expected.parameters()))
+        with torch.no_grad():
+            for parameter, gradient, momentum in zip(expected.parameters(), gradients, momenta):
+                momentum.mul_(0.9).add_(gradient + 0.01 * parameter)
+                parameter.sub_(rate * momentum)
+    assert steps == 4
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[name], value, rtol=1e-11, atol=1e-12)
+
+
+def test_only_retain_samples_are_met_and_without_augmentation(make_trainer, forget, records, on) -> None:
+    met, images = [], {}
+
+    def keep(engine):
+        met.extend(engine.state.batch["index"].tolist())
+        images.update(zip(engine.state.batch["index"].tolist(), engine.state.batch["image"]))
+
+    scaled = Compose([EnsureTyped("image"), RandScaleIntensityd("image", factors=(1, 2), prob=1.0)])
+    dataset = Dataset(records, transform=scaled)
+    make_trainer([PerturbAndRecover(forget, budget=1.0), on(Events.ITERATION_COMPLETED, keep)], dataset=dataset).run()
+    assert set(met) == set(RETAIN)
+    assert all(torch.equal(images[i], records[i]["image"]) for i in RETAIN)
+
+
+@pytest.mark.parametrize(("budget", "samples"), [(0.2, 5), (0.5, 5), (1.0, 20), (1.5, 0)])
+def test_the_budget_holds_with_judging_included(make_trainer, forget, budget, samples) -> None:
+    judge = Judge(verdict(0.9, 0.8, 0.95), verdict(0.9, 0.8, 0.95), samples=samples)
+    handler = PerturbAndRecover(forget, budget=budget, judge=judge)
+    trainer = make_trainer([handler], max_epochs=10)
+    trainer.run()
+    spent = trainer.state.iteration * 8 + handler.tuning_cost.samples
+    assert len(judge.seen) == (2 if trainer.state.epoch > 1 else 1)
+    assert spent <= budget * 10 * 30
+    assert spent > budget * 10 * 30 - samples - 8 * (trainer.state.epoch + 1)
+
+
+def test_settings_of_optimizer_and_trainer_are_put_back_and_a_second_run_is_equal(
+    make_trainer, make_network, forget, snapshot, same_bits
+) -> None:
+    network = make_network()
+    start = snapshot(network)
+    trainer = make_trainer([PerturbAndRecover(forget, budget=0.7)], network=network, max_epochs=4)
+    trainer.data_loader = DataLoader(trainer.data_loader.dataset, batch_size=8)
+    settings = copy.deepcopy(trainer.optimizer.state_dict()["param_groups"])
+    states = []
+    for _ in range(2):
+        network.load_state_dict(start)
+        trainer.run()
+        states.append(snapshot(network))
+        assert trainer.optimizer.state_dict()["param_groups"] == settings
+        assert trainer.state.max_epochs == 4
+        trainer.state.epoch = trainer.state.iteration = 0
+    assert same_bits(*states)
+
+
+def test_each_group_of_parameters_has_its_own_rate(make_trainer, make_network, forget, on) -> None:
+    network = make_network()
+    rates = []
+    groups = [{"params": network[:2].parameters()}, {"params": network[5].parameters(), "lr": 0.01}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    keep = on(
+        IterationEvents.BACKWARD_COMPLETED,
+        lambda engine: rates.append([group["lr"] for group in optimizer.param_groups]),
+    )
+    make_trainer(
+        [PerturbAndRecover(forget, budget=1.0), keep], network=network, optimizer=optimizer, max_epochs=9
+    ).run()
+    assert all(one == pytest.approx(10 * other) for one, other in rates)
+    assert max(one for one, _ in rates) == pytest.approx(0.1, rel=0.05)
+    assert rates[0][0] < 0.01
+    assert rates[-1][0] < 0.01
+
+
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_task_and_network_is_trained(make_trainer, forget, records, kind, name) -> None:
+    dims, build = NETWORKS[name]
+    outputs, _, loss = LABELS[kind]
+    network = build(outputs)
+    before = copy.deepcopy(network)
+    dataset = with_labels(records[:20], kind, dims, side=8)
+    handler = PerturbAndRecover(forget, budget=1.0)
+    make_trainer([handler], network=network, dataset=dataset, loss_function=loss, max_epochs=1).run()
+    assert all(torch.isfinite(value).all() for value in network.state_dict().values())
+    assert all((p != q).any() for p, q in zip(network.parameters(), before.parameters()) if p.ndim > 1)
+
+
+def test_frozen_weights_stay_bit_identical(make_trainer, make_network, forget) -> None:
+    network = make_network()
+    network[0].weight.requires_grad_(False)
+    before = network[0].weight.clone()
+    make_trainer([PerturbAndRecover(forget, budget=1.0)], network=network).run()
+    assert torch.equal(network[0].weight, before)
+
+
+# Which state is kept
+
+
+def run_judged(make_trainer, network, forget, *answers):
+    judge = Judge(*answers)
+    handler = PerturbAndRecover(forget, budget=0.9, judge=judge)
+    make_trainer([handler], network=network, max_epochs=6).run()
+    return handler, judge
+
+
+def test_a_state_that_can_not_be_told_apart_is_kept_and_no_other_is_judged(
+    make_trainer, make_network, forget, snapshot, same_bits
+) -> None:
+    network = make_network()
+    handler, judge = run_judged(make_trainer, network, forget, verdict(0.52, 0.47, 0.57))
+    assert len(judge.seen) == 1
+    assert same_bits(snapshot(network), judge.seen[0])
+    assert len(handler.notes) == 1
+    assert "the last state" in handler.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("last", "before", "rewound", "said"),
+    [
+        (verdict(0.6, 0.55, 0.65), verdict(0.52, 0.47, 0.57), True, None),
+        (verdict(0.6, 0.55, 0.65), verdict(0.52, 0.47, 0.57, utility=0.7), False, "budget was not enough"),
+        (verdict(0.6, 0.55, 0.65), verdict(0.6, 0.56, 0.65), False, "budget was not enough"),
+        (verdict(0.3, 0.25, 0.35), verdict(0.45, 0.4, 0.48), True, "score lower"),
+        (verdict(0.3, 0.25, 0.35), verdict(0.2, 0.15, 0.25), False, "score lower"),
+    ],
+)
+def test_the_better_of_the_last_two_states_is_kept(
+    make_trainer, make_network, forget, snapshot, same_bits, last, before, rewound, said
+) -> None:
+    network = make_network()
+    handler, judge = run_judged(make_trainer, network, forget, last, before)
+    assert len(judge.seen) == 2
+    assert not same_bits(*judge.seen)
+    assert same_bits(snapshot(network), judge.seen[int(rewound)])
+    assert ("one epoch before" in handler.notes[0]) == rewound
+    assert [note for note in handler.notes if said and said in note] == handler.notes[1:]
+
+
+def test_without_a_judge_the_notes_say_that_the_budget_was_fixed(make_trainer, forget) -> None:
+    handler = PerturbAndRecover(forget, budget=0.5)
+    make_trainer([handler]).run()
+    assert "No state was judged" in handler.notes[0]
+    assert "50 %" in handler.notes[0]
+
+
+@pytest.mark.parametrize("where", ["loss", "weights"])
+def test_a_run_that_diverges_is_rewound_and_says_so(
+    make_trainer, make_network, forget, on, snapshot, same_bits, where
+) -> None:
+    network = make_network()
+    kept = []
+
+    def break_it(engine):
+        if engine.state.epoch == 3 and where == "loss":
+            engine.state.output["loss"] = engine.state.output["loss"] * NAN
+
+    def break_weights(engine):
+        if engine.state.epoch == 3 and where == "weights":
+            with torch.no_grad():
+                network[0].weight.mul_(NAN)
+
+    handlers = [
+        on(IterationEvents.LOSS_COMPLETED, break_it),
+        on(Events.EPOCH_COMPLETED, break_weights),
+        PerturbAndRecover(forget, budget=0.9),
+        on(Events.EPOCH_COMPLETED(once=2), lambda engine: kept.append(snapshot(network))),
+    ]
+    trainer = make_trainer(handlers, network=network, max_epochs=6)
+    trainer.run()
+    assert trainer.state.epoch == 3
+    assert same_bits(snapshot(network), kept[0])
+    assert "diverged" in handlers[2].notes[0]
+
+
+def test_a_run_that_diverges_at_once_raises(make_trainer, forget, on) -> None:
+    def break_it(engine):
+        engine.state.output["loss"] = engine.state.output["loss"] * NAN
+
+    with pytest.raises(RuntimeError, match=r"diverged before its first epoch ended.*Lower the recipe's learning rate"):
+        make_trainer([on(IterationEvents.LOSS_COMPLETED, break_it), PerturbAndRecover(forget)], max_epochs=9).run()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, NAN, math.inf])
+def test_a_budget_that_is_none_raises(forget, budget) -> None:
+    with pytest.raises(ValueError, match=r"budget should be above 0, but got .* 0\.2 for a fifth"):
+        PerturbAndRecover(forget, budget=budget)
+
+
+@pytest.mark.parametrize("scale", [-1, NAN])
+def test_a_scale_that_is_none_raises(forget, scale) -> None:
+    with pytest.raises(ValueError, match="scale should be a number of at least 0"):
+        PerturbAndRecover(forget, scale=scale)
+
+
+def test_a_budget_that_makes_no_step_raises_and_changes_nothing(
+    make_trainer, make_network, forget, snapshot, same_bits
+) -> None:
+    network = make_network()
+    before = snapshot(network)
+    handler = PerturbAndRecover(forget, budget=0.2, judge=Judge(samples=3))
+    with pytest.raises(ValueError, match=r"budget should allow at least one step.*Use a budget of at least 0\.23"):
+        make_trainer([handler], network=network).run()
+    assert same_bits(snapshot(network), before)
+    handler.budget = 0.24
+    trainer = make_trainer([PerturbAndRecover(forget, budget=0.24, judge=Judge(verdict(0.5), samples=3))])
+    trainer.run()
+    assert trainer.state.iteration == 1
+
+
+def test_a_network_without_kernels_is_refused(make_trainer, forget) -> None:
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(1))
+    with pytest.raises(RuntimeError, match="needs a weight of two or more dimensions"):
+        make_trainer([PerturbAndRecover(forget, budget=1.0)], network=network).run()
+
+
+def test_a_place_after_a_saver_is_refused(make_trainer, make_network, forget, tmp_path) -> None:
+    network = make_network()
+    saver = CheckpointSaver(str(tmp_path), {"net": network}, save_final=True)
+    with pytest.raises(RuntimeError, match="stands after a CheckpointSaver"):
+        make_trainer([saver, PerturbAndRecover(forget, budget=1.0)], network=network).run()

@@ -1,0 +1,179 @@
+"""The page that is made of a study's table, on a table whose answers are known."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from monai_unlearn.study.table import COLUMNS
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+study = pytest.importorskip("study", reason="benchmarks/ is not there")
+
+SEEDS = (0, 1, 2)
+FRACTIONS = (0.02, 0.1, 0.3)
+
+
+def row(method: str, fraction: float, seed: int, **figures: Any) -> dict[str, Any]:
+    """A run on random patients: floor 1 point, untouched original 10."""
+    found: dict[str, Any] = dict.fromkeys(COLUMNS)
+    found |= {"data": "drawn data", "method": method, "tuned": False, "kind": "random", "fraction": fraction}
+    found |= {"seed": seed, "options": "{}", "settings": "{}", "commit": "abc", "device": "CPU", "task": "multi-class"}
+    found |= {"finished": "2026-01-01T00:00:00+00:00", "n_forget": 1000 * fraction, "floor": 1.0}
+    found |= {"untouched_gap": 10.0, "gap": 10.0, "excess": 9.0, "verdict": "different", "direction": "remembers"}
+    found |= {f"{split}_change": 0.0 for split in ("forget", "retain", "validation", "test")}
+    found |= {f"retrained_{split}_accuracy_sd": 0.01 for split in ("retain", "test")}
+    found |= {"population_attack_difference": 0.2, "share": 0.0, "share_with_tuning": 0.0, "seconds_share": 0.0}
+    found |= {"seconds_share_with_tuning": 0.0}
+    found |= figures
+    found["key"] = "-".join(
+        map(
+            str,
+            (found["data"], method, found["tuned"], found["kind"], fraction, seed, found["options"], found["request"]),
+        )
+    )
+    return found
+
+
+def rows() -> list[dict[str, Any]]:
+    """A good method, a cheap one that gets worse with size, a tuned one, one that fails; and a set without power."""
+    found = []
+    for seed in SEEDS:
+        wobble = (seed - 1) / 10
+        for fraction in FRACTIONS:
+            found.append(row("nothing", fraction, seed, verdict=None, direction=None))
+            good = {"gap": 1.5 + wobble, "excess": 0.5, "share": 0.2, "share_with_tuning": 0.2, "verdict": "equivalent"}
+            good |= {"sex_test_difference": 0.1 + wobble, "sex_test_floor": 0.5, "direction": None}
+            found.append(row("good_one", fraction, seed, **good))
+            worse = {"gap": 12 + wobble, "excess": 11, "share": 0.1, "share_with_tuning": 0.1}
+            worse |= {"test_change": -20 * fraction + wobble, "sex_test_difference": 4 + wobble, "sex_test_floor": 0.5}
+            found.append(row("saliency", fraction, seed, **worse))
+            tuned = {"tuned": True, "gap": 5 + wobble, "excess": 4.0, "share": 0.1, "share_with_tuning": 2.0}
+            found.append(row("saliency", fraction, seed, **tuned, test_change=wobble))
+        found.append(row("broken", 0.1, seed, error="FloatingPointError: a | b", gap=None))
+        flat = {"data": "flat data", "untouched_gap": 1.0}
+        found.append(row("nothing", 0.1, seed, **flat, gap=1.0))
+        found.append(row("good_one", 0.1, seed, **flat, gap=0.9))
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """``docs/`` with a table in it."""
+    docs = tmp_path / "docs"
+    (docs / "results").mkdir(parents=True)
+    pd.DataFrame(rows()).to_csv(docs / "results" / "study.csv", index=False)
+    return docs
+
+
+def made(docs: Path) -> str:
+    csv, page, images = docs / "results" / "study.csv", docs / "results.md", docs / "images"
+    study.main(["--csv", str(csv), "--page", str(page), "--images", str(images)])
+    return page.read_text(encoding="utf-8")
+
+
+def test_the_questions_are_answered_by_the_figures(folder: Path) -> None:
+    text = made(folder)
+    assert "- The smallest mean gap was that of good one in 3 of 3 forget sets with power." in text
+    assert "- Within 2 noise floors of retraining: good one in 3 of 3." in text
+    assert "beyond the seeds' spread: saliency in 3 of 3." in text
+    assert "good one: 9 × equivalent; saliency: 9 × different (remembers)" in text
+    assert "it falls by 5.6 points from the smallest to the largest" in text  # 20 × (.3 − .02)
+    assert text.count("no trend that these seeds show") == 2  # the good one and the tuned one
+    assert "their standard deviation: saliency on 2 of 3 forget sets. On none: good one, saliency, tuned." in text
+    assert "good one: alike on 3." in text
+    unlike = "saliency: unlike (women less men) on 3 [random, 2 %, test +4.0; random, 10 %, test +4.0; "
+    assert unlike in text
+    assert "saliency, tuned: 200 % of retraining's samples, 0 % of its seconds, tuning included; 10 % of the" in text
+    assert "samples without: more than retraining." in text
+    assert "| good one | 3 of 3 | 3 of 3 | 3 of 3 | 3 of 3 | 9 / 0 of 9 |" in text
+    assert "| saliency | 0 of 3 | 0 of 3 | 3 of 3 | 1 of 3 | 0 / 0 of 9 |" in text
+    assert "| broken | random, 10 % | 0 | FloatingPointError: a / b |" in text
+
+
+def test_cells_are_sorted_and_have_intervals(folder: Path) -> None:
+    text = made(folder)
+    section = text[text.index("### drawn data: random, 10 %") :]
+    section = section[: section.index("###", 4)]
+    lines = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    assert [line[0] for line in lines] == ["| good one", "| saliency, tuned", "| untouched original", "| saliency"]
+    half = stats.sem([1.4, 1.5, 1.6]) * stats.t.ppf(0.975, 2)
+    assert lines[0][2] == f"1.5 ({1.5 - half:.1f} to {1.5 + half:.1f})"
+    assert lines[1][-1] == "200 % (10 % untuned) |"
+
+
+def test_a_forget_set_without_power_compares_nothing(folder: Path) -> None:
+    text = made(folder)
+    assert "No forget set of flat data has power" in text
+    assert "### flat data: without power" in text
+    assert "### flat data: random" not in text
+    assert "The untouched original is within 3 noise floors" in text
+
+
+def test_plots_and_links_are_there(folder: Path) -> None:
+    text = made(folder)
+    plots = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert plots == ["images/study-size-drawn-data.svg", "images/study-cost-drawn-data.svg"]
+    before = {plot: (folder / plot).read_bytes() for plot in plots}
+    assert all(content.startswith(b"<?xml") for content in before.values())
+    headings = {re.sub(r"[^a-z0-9]+", "-", line.lower()).strip("-") for line in re.findall(r"^#+ (.+)$", text, re.M)}
+    for link in re.findall(r"(?<!!)\[[^]]+\]\(([^)]+)\)", text):
+        if link.startswith("#"):
+            assert link[1:] in headings
+        else:
+            assert (folder / link).exists() or (ROOT / "docs" / link).exists()
+    made(folder)  # the same again
+    assert {plot: (folder / plot).read_bytes() for plot in plots} == before
+
+
+def test_of_each_key_the_run_that_finished_last_counts(tmp_path: Path) -> None:
+    old = row("good_one", 0.1, 0, gap=1.0)
+    new = {**old, "commit": "def", "finished": "2026-02-01T00:00:00+00:00", "gap": 2.0}
+    pd.DataFrame([new, old, row("nothing", 0.1, 0)]).to_csv(tmp_path / "study.csv", index=False)
+    table = study.load(tmp_path / "study.csv")
+    assert sorted(table["gap"]) == [2.0, 10.0]
+
+
+def test_runs_of_one_method_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    each = [
+        row("auto", 0.1, 0, options='{"budget": 0.1, "train_epochs": 9}'),
+        row("auto", 0.1, 0, options='{"budget": 0.2, "train_epochs": 9}'),
+        row("good_one", 0.1, 0, options='{"train_epochs": 9}', tuned=True),
+        row("nothing", 0.1, 0, options='{"train_epochs": 9}'),
+    ]
+    pd.DataFrame(each).to_csv(tmp_path / "study.csv", index=False)
+    names = ["auto, budget 0.1", "auto, budget 0.2", "good one, tuned", "untouched original"]
+    assert sorted(study.load(tmp_path / "study.csv")["arm"]) == names
+
+
+def test_single_patients_count_once_a_seed() -> None:
+    each = [
+        row("auto", 0.1, seed, request=i, gap=gap)
+        for seed, gaps in enumerate(((1, 3), (5, 7, 9)))
+        for i, gap in enumerate(gaps)
+    ]
+    means = study.per_seed(pd.DataFrame(each), ["gap"])["gap"]
+    assert means.tolist() == [2, 7]
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 4.0], [0.0, 0.0, 3.0, 5.0, np.nan]])
+def test_intervals_are_those_of_students_t(values: list[float]) -> None:
+    known = [value for value in values if not np.isnan(value)]
+    expected = stats.t.interval(0.95, len(known) - 1, np.mean(known), stats.sem(known))
+    mean, low, high = study.interval(values)
+    assert (low, high) == pytest.approx(expected)
+    assert mean == pytest.approx(np.mean(known))
+
+
+def test_one_seed_has_no_interval_and_none_no_figure() -> None:
+    assert study.with_interval([1.234]) == "1.2"
+    assert study.with_interval([np.nan]) == "–"
+    assert study.number(-0.26, 1, sign=True) == "−0.3"
