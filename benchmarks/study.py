@@ -62,7 +62,7 @@ def _arms(table: pd.DataFrame) -> list[str]:
     """What a row's method is called: with the options in which rows of one method on one data set differ."""
     options = [json.loads(text) if isinstance(text, str) and text else {} for text in table["options"]]
     names = []
-    groups = list(zip(table["data"], table["method"]))
+    groups = list(zip(table["data"], table["method"], table["tuned"]))
     differing: dict[tuple, set[str]] = {}
     for group in set(groups):
         own = [options[i] for i, other in enumerate(groups) if other == group]

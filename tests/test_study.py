@@ -61,7 +61,8 @@ class Studied:
         return found
 
     def report(self, row: dict[str, str]) -> dict[str, Any]:
-        return json.loads((self.folder / "study" / "runs" / row["key"] / "report.json").read_text())
+        (file,) = self.folder.glob(f"study/runs/{row['key']}-*/report.json")
+        return json.loads(file.read_text())
 
 
 def _interrupt_when(results: Path) -> None:

@@ -146,11 +146,12 @@ def test_runs_of_one_method_are_told_apart_by_what_differs(tmp_path: Path) -> No
     each = [
         row("auto", 0.1, 0, options='{"budget": 0.1, "train_epochs": 9}'),
         row("auto", 0.1, 0, options='{"budget": 0.2, "train_epochs": 9}'),
-        row("good_one", 0.1, 0, options='{"train_epochs": 9}', tuned=True),
+        row("good_one", 0.1, 0, options='{"train_epochs": 9, "trials": 5}', tuned=True),
+        row("good_one", 0.1, 0, options='{"train_epochs": 9}'),
         row("nothing", 0.1, 0, options='{"train_epochs": 9}'),
     ]
     pd.DataFrame(each).to_csv(tmp_path / "study.csv", index=False)
-    names = ["auto, budget 0.1", "auto, budget 0.2", "good one, tuned", "untouched original"]
+    names = ["auto, budget 0.1", "auto, budget 0.2", "good one", "good one, tuned", "untouched original"]
     assert sorted(study.load(tmp_path / "study.csv")["arm"]) == names
 
 

@@ -90,12 +90,12 @@ def excess(judgement: Judgement) -> float:
     """How far the interval of the AUC is from ½.
 
     Returns:
-        0 where the interval holds ½; above 0 if the network remembers, below 0 if it over-forgets. Where there is no
-        interval, the AUC itself decides.
+        0 where the interval holds ½, or there is none (a single patient has none); above 0 if the network remembers,
+        below 0 if it over-forgets.
     """
-    low = judgement.auc if math.isnan(judgement.low) else judgement.low
-    high = judgement.auc if math.isnan(judgement.high) else judgement.high
-    return max(0.0, low - 0.5) + min(0.0, high - 0.5)
+    if math.isnan(judgement.low) or math.isnan(judgement.high):
+        return 0.0
+    return max(0.0, judgement.low - 0.5) + min(0.0, judgement.high - 0.5)
 
 
 class PerturbAndRecover:
@@ -213,7 +213,7 @@ class PerturbAndRecover:
         batch = loader.batch_size or 1
         reserved = 0 if self.judge is None else JUDGED * self.judge.samples
         epochs, length = steps_within(self.budget * recipe - reserved, batch, len(loader))
-        if not length:
+        if length < 1:
             raise ValueError(
                 f"budget should allow at least one step, but {self.budget:g} of the original training's "
                 f"{recipe} samples are {self.budget * recipe:.0f}, of which judging takes {reserved} and a step {batch}"
@@ -311,6 +311,8 @@ class PerturbAndRecover:
             f"unseen ones (matched by {', '.join(judge.matched_on)}) {judged.auc:.3f} "
             f"[{judged.low:.3f}, {judged.high:.3f}]."
         )
+        if math.isnan(judged.low) or math.isnan(judged.high):
+            self._say("That is of too few patients or images for an interval, so nothing was concluded from it.")
         if excess(judged) > 0:
             self._say("Forget images can still be told from unseen ones there: the budget was not enough. Raise it.")
         elif excess(judged) < 0:

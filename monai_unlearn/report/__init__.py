@@ -7,7 +7,7 @@ from monai_unlearn.report.numbers import percent
 from monai_unlearn.report.results import MAIN_FIGURE, SCHEMA_VERSION, build_report, gap_figures, terminal_table
 from monai_unlearn.report.scalars import scalars
 from monai_unlearn.report.schema import read_report, validate_report
-from monai_unlearn.report.tuning import tuning_page
+from monai_unlearn.report.tuning_page import tuning_page
 
 __all__ = [
     "MAIN_FIGURE",

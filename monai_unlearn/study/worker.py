@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -250,7 +251,9 @@ class _Yardstick:
 def _run(work: Work, cell: Cell, shared: _Yardstick) -> dict[str, Any]:
     """Make a run, as a user would, and read its report."""
     settings = work.plan.settings
-    folder = Path(settings["output_dir"]) / "runs" / cell.key
+    # Versions of the code lie apart: what one has begun (the trials of a search) another should not go on with.
+    version = hashlib.sha256(work.commit.encode()).hexdigest()[:8]
+    folder = Path(settings["output_dir"]) / "runs" / f"{cell.key}-{version}"
     single = cell.request is not None
     request = work.group.requests[cell.request or 0] if work.group else ""
     given = {**cell.settings, **_given(work), "forget_request": request, "reference": not single}
@@ -288,7 +291,7 @@ def _run(work: Work, cell: Cell, shared: _Yardstick) -> dict[str, Any]:
 
 
 def _forget_earlier(folder: Path) -> None:
-    """Remove a run of ours that the table does not have: it was interrupted, or is of another version."""
+    """Remove a run of ours that the table does not have: the study ended before its row was written."""
     if is_run(folder):
         shutil.rmtree(folder)
 

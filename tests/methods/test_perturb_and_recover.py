@@ -56,7 +56,7 @@ def test_steps_stay_within_the_samples_and_near_whole_epochs(samples, batch, bat
     assert epochs * length * batch <= samples
     assert epochs * (length + 1) > samples // batch  # nothing is left that would make each epoch a step longer
     if samples >= batch * batches:
-        assert batches / 2 < length < 1.6 * batches + 1
+        assert batches / 2 - 1 < length < 1.6 * batches + 1
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_steps_stay_within_the_samples_and_near_whole_epochs(samples, batch, bat
         (verdict(0.53, 0.48, 0.58), 0.0),
         (verdict(0.6, 0.55, 0.65), 0.05),
         (verdict(0.3, 0.25, 0.35), -0.15),
-        (verdict(0.55), 0.05),
-        (verdict(0.45), -0.05),
+        (verdict(0.9), 0.0),
+        (verdict(0.1, 0.05, NAN), 0.0),
     ],
 )
 def test_the_excess_is_how_far_the_interval_is_from_a_half(given_verdict, expected) -> None:
@@ -234,6 +234,13 @@ def test_the_better_of_the_last_two_states_is_kept(
     assert same_bits(snapshot(network), judge.seen[int(rewound)])
     assert ("one epoch before" in handler.notes[0]) == rewound
     assert [note for note in handler.notes if said and said in note] == handler.notes[1:]
+
+
+def test_of_too_few_for_an_interval_nothing_is_concluded(make_trainer, make_network, forget) -> None:
+    handler, judge = run_judged(make_trainer, make_network(), forget, verdict(0.9))
+    assert len(judge.seen) == 1
+    assert "nothing was concluded" in handler.notes[1]
+    assert len(handler.notes) == 2
 
 
 def test_without_a_judge_the_notes_say_that_the_budget_was_fixed(make_trainer, forget) -> None:
