@@ -445,6 +445,7 @@ class Data:
         axes.axhline(untouched, color="#8a8a8a", linewidth=0.8, linestyle="--", label="untouched original")
         axes.axhline(NEAR, color="#333333", linewidth=0.8, linestyle=":", label=f"{NEAR} floors")
         axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         return _save(figure, folder / f"study-cost-{self.slug}.svg")

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from monai_unlearn.bundle import Bundle, bundle_path
 from monai_unlearn.data import ImageData, LabeledImages, make_split
 from monai_unlearn.study import command, table
-from monai_unlearn.study.plan import Cell, Group, Plan
+from monai_unlearn.study.plan import Group, Plan, PlannedRun
 from monai_unlearn.study.requests import KINDS, group_of_sex, pooled, requests_of
 from monai_unlearn.study.table import COLUMNS, Table, floors_of
 from monai_unlearn.study.worker import Done, Work
@@ -463,7 +463,7 @@ def _groups(seeds: int, cells: int) -> tuple[Plan, list[Work]]:
     groups = []
     for seed in range(seeds):
         for kind in ("random", "easiest"):
-            each = tuple(Cell(f"{seed}{kind}{i}", f"m{i}", (), False, {}, {}) for i in range(cells))
+            each = tuple(PlannedRun(f"{seed}{kind}{i}", f"m{i}", (), False, {}, {}) for i in range(cells))
             groups.append(Group(kind, 0.1, seed, ("r",), "r", each))
     plan = Plan(tuple(groups), (), {}, settings, "data")
     return plan, [Work(plan, "c", group.seed, group, group.cells) for group in groups]

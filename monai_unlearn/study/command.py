@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from monai_unlearn.bundle import Bundle, readable_errors
 from monai_unlearn.handlers import on_terminal
-from monai_unlearn.study.plan import Cell, Group, Plan, make_plan
+from monai_unlearn.study.plan import Group, Plan, PlannedRun, make_plan
 from monai_unlearn.study.table import Table, code_version
 from monai_unlearn.study.worker import Done, Work, failed_row, serve
 
@@ -108,7 +108,7 @@ class _Worker:
     process: BaseProcess
     connection: Connection
     work: Work | None = None
-    left: list[Cell] = field(default_factory=list)
+    left: list[PlannedRun] = field(default_factory=list)
     started: bool = False  # whether the first of those left has been begun
 
 
@@ -208,7 +208,7 @@ class _Study:
                 self._fail(work, worker.left, done.error)
                 worker.left = []
 
-    def _fail(self, work: Work, cells: Sequence[Cell], error: str) -> None:
+    def _fail(self, work: Work, cells: Sequence[PlannedRun], error: str) -> None:
         self.table.add([failed_row(work, cell, error) for cell in cells])
         self.failed += len(cells)
         for _ in cells:
@@ -279,7 +279,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _sentence(group: Group | None, cell: Cell, done: Done) -> str:
+def _sentence(group: Group | None, cell: PlannedRun, done: Done) -> str:
     name = cell.method + (" (tuned)" if cell.tuned else "")
     number = "" if cell.request is None else f", patient {cell.request + 1}"
     gap = done.row.get("gap")

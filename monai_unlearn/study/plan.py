@@ -18,7 +18,7 @@ from monai_unlearn.data import ImageData
 from monai_unlearn.study.requests import KINDS, SINGLE, WITHOUT_FRACTION, pooled, requests_of
 from monai_unlearn.study.table import key_of
 
-__all__ = ["NOTHING", "Cell", "Group", "Plan", "make_plan"]
+__all__ = ["NOTHING", "Group", "Plan", "PlannedRun", "make_plan"]
 
 logger = logging.getLogger("monai_unlearn")
 
@@ -39,7 +39,7 @@ FIRST_REFERENCE, STRIDE = 10_000, 100
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlannedRun:
     """One run.
 
     Args:
@@ -79,7 +79,7 @@ class Group:
     seed: int
     requests: tuple[str, ...]
     pooled: str
-    cells: tuple[Cell, ...]
+    cells: tuple[PlannedRun, ...]
 
     def __str__(self) -> str:
         size = "" if self.fraction is None else f" {100 * self.fraction:g} %"
@@ -154,7 +154,7 @@ def make_plan(config: Mapping[str, Any], private: Path) -> Plan:
                     **{"reference_models": settings["reference_models"], "parts": parts},
                 }
                 cells = [
-                    Cell(
+                    PlannedRun(
                         key=key_of(
                             **asked,
                             method=_content(method.files[0]) if method.files else method.name,

@@ -30,7 +30,7 @@ from monai_unlearn.output import is_run
 from monai_unlearn.provenance import machine
 from monai_unlearn.report import build_report
 from monai_unlearn.run import Run, refuse_near_chance, remembered_outputs
-from monai_unlearn.study.plan import NOTHING, Cell, Group, Plan
+from monai_unlearn.study.plan import NOTHING, Group, Plan, PlannedRun
 from monai_unlearn.study.table import figures_of, floors_of
 from monai_unlearn.training import TrainedModel, train_model
 
@@ -58,7 +58,7 @@ class Work:
     commit: str
     seed: int
     group: Group | None = None
-    cells: tuple[Cell, ...] = ()
+    cells: tuple[PlannedRun, ...] = ()
 
     def __str__(self) -> str:
         return f"original, seed {self.seed}" if self.group is None else str(self.group)
@@ -152,7 +152,7 @@ def _do(work: Work, send: Send) -> None:
         send(Done("run", time.perf_counter() - started, row, cell.key))
 
 
-def identity_of(work: Work, cell: Cell) -> dict[str, Any]:
+def identity_of(work: Work, cell: PlannedRun) -> dict[str, Any]:
     """The columns that say what was asked for."""
     group = work.group
     return {
@@ -170,7 +170,7 @@ def identity_of(work: Work, cell: Cell) -> dict[str, Any]:
     }
 
 
-def failed_row(work: Work, cell: Cell, error: str) -> dict[str, Any]:
+def failed_row(work: Work, cell: PlannedRun, error: str) -> dict[str, Any]:
     """The row of a run that failed."""
     return {**identity_of(work, cell), "settings": "{}", "error": error}
 
@@ -196,8 +196,8 @@ def _given(work: Work) -> dict[str, Any]:
 class _Yardstick:
     """Original and retrained models, evaluated on one forget set and the others."""
 
-    def __init__(self, run: Run, models: Sequence[TrainedModel]) -> None:
-        self.run, self.models = run, models
+    def __init__(self, run: Run, models: Sequence[TrainedModel] | None) -> None:
+        self.run = run
         self.hidden = run.hidden_names()
         self.device = machine(run.device)["device"]
         path, checkpoint = run.original()
@@ -205,8 +205,9 @@ class _Yardstick:
         checkpoint.load_into(network)
         self.original = run.evaluate(evaluator, network)
         refuse_near_chance(self.original, run.data.num_classes, run.data.multi_label, path)
+        self.models = run.retrained() if models is None else models  # only now, as it takes long
         self.retrained = []
-        for model in models:
+        for model in self.models:
             load_checkpoint(model.path).load_into(network)
             self.retrained.append(run.evaluate(evaluator, network))
         self._floors: dict[str, float | None] | None = None
@@ -214,14 +215,13 @@ class _Yardstick:
     @classmethod
     def of(cls, work: Work, request: str, models: Sequence[TrainedModel] | None = None) -> _Yardstick:
         """Evaluate the models on a request's forget set; the retrained ones are trained unless they are given."""
-        run = Run.start(_bundle(work, forget_request=request))
-        return cls(run, run.retrained() if models is None else models)
+        return cls(Run.start(_bundle(work, forget_request=request)), models)
 
     def of_original(self) -> dict[str, Any]:
         """The figures of the untouched original, as if it were the result of a method that costs nothing."""
         return self._row(self.original, self.retrained)
 
-    def floors(self, cell: Cell) -> dict[str, Any]:
+    def floors(self, cell: PlannedRun) -> dict[str, Any]:
         """What the retrained models differ by; of a single patient only on images of others."""
         if self._floors is None:
             others = [self._row(one, [other for other in self.retrained if other is not one]) for one in self.retrained]
@@ -248,7 +248,7 @@ class _Yardstick:
         return figures_of(report)
 
 
-def _run(work: Work, cell: Cell, shared: _Yardstick) -> dict[str, Any]:
+def _run(work: Work, cell: PlannedRun, shared: _Yardstick) -> dict[str, Any]:
     """Make a run, as a user would, and read its report."""
     settings = work.plan.settings
     # Versions of the code lie apart: what one has begun (the trials of a search) another should not go on with.
