@@ -382,7 +382,7 @@ SEARCH_SPACES = {
     "neg_grad_plus": {"lr": RATES, "epochs": [2, 5, 10], "alpha": [0.8, 0.9, 0.95, 0.99]},
     "scrub": {"lr": RATES, "epochs": [3, 5, 10], "gamma": [0.9, 0.99], "alpha": [0.001, 0.01, 0.1]},
     "synaptic_dampening": {
-        "alpha": {"low": 0.5, "high": 20, "log": True},
+        "alpha": {"low": 0.5, "high": 8, "log": True},
         "dampening": {"low": 0.05, "high": 2, "log": True},
     },
     "masked_small_gradients": {"lr": RATES, "epochs": [3, 6, 10], "share": [0.1, 0.3, 0.5]},

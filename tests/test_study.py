@@ -234,6 +234,7 @@ WRONG = {
     "part as a method": ({"methods": ["chexpert"]}, "methods should be configs with a method"),
     "a file that is not there": ({"methods": ["mine.json"]}, "configs that are there"),
     "unknown part": ({"parts": ["chexprt"]}, "Did you mean 'chexpert'"),
+    "method as a part": ({"parts": ["saliency"]}, "'saliency' stands by itself. Name methods with --methods"),
     "unknown kind": ({"kinds": ["hardst"]}, "Did you mean 'hardest'"),
     "no sex": ({"kinds": ["female"]}, "needs a column sex or gender"),
     "no site": ({"kinds": ["one_site"]}, "needs a column site"),

@@ -135,6 +135,10 @@ def test_a_model_that_was_changed_since_is_not_used(workplace: Workplace) -> Non
 
 # What a run writes
 
+# One of each kind: a mask, a teacher and a rewind, no step at all, the recipe's own trainer. That all run by themselves
+# comes first, and what their handlers promise is in tests/methods.
+KINDS = ("saliency", "scrub", "synaptic_dampening", "retrain", "auto")
+
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_by_itself_from_another_directory(
@@ -152,7 +156,7 @@ def test_every_method_runs_by_itself_from_another_directory(
     workplace.network().load_state_dict(_state(output), strict=True)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_report_has_exactly_the_promised_nesting(method: str, workplace: Workplace) -> None:
     output = workplace.unlearn(method)
     report = _report(output)
@@ -240,8 +244,8 @@ def test_report_counts_every_pass(method: str, passes: dict, workplace: Workplac
 
 
 def test_the_original_is_described_alike_whatever_the_method(workplace: Workplace) -> None:
-    described = [_report(workplace.unlearn(method))["models"]["original"] for method in METHODS]
-    assert described[0] == described[1] == described[2]
+    described = [_report(workplace.unlearn(method))["models"]["original"] for method in KINDS]
+    assert all(one == described[0] for one in described)
 
 
 def test_the_split_is_written_as_keyed_hashes(workplace: Workplace) -> None:
@@ -293,7 +297,7 @@ def test_a_second_run_reuses_the_models_and_keeps_the_earlier_output(empty_workp
     assert sorted(path.name for path in output.parent.iterdir()) == ["models", "saliency", "saliency.1", "saliency.2"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_the_same_seed_gives_bit_identical_weights(method: str, workplace: Workplace) -> None:
     first = _state(workplace.unlearn(method))
     torch.manual_seed(99)  # whatever the process did before

@@ -33,12 +33,17 @@ def transposed(kernel: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: if there are fewer than two spatial axes, or the last two differ in size.
     """
+    _check(kernel)
+    return kernel.transpose(-1, -2).clone()
+
+
+def _check(kernel: torch.Tensor) -> None:
+    """Refuse a kernel whose last two axes can't be swapped."""
     if kernel.ndim < 4 or kernel.shape[-1] != kernel.shape[-2]:
         raise ValueError(
             f"A kernel should have two or more spatial axes, the last two of one size, but got {tuple(kernel.shape)}. "
             "Use another method for this network: WeightNoise, say."
         )
-    return kernel.transpose(-1, -2).clone()
 
 
 class ConvTranspose:
@@ -96,16 +101,16 @@ class ConvTranspose:
 
     @torch.no_grad()
     def _swap(self, network: torch.nn.Module) -> None:
-        swapped = {}
-        for name, kernel in convolution_weights(network).items():
+        found = convolution_weights(network)
+        for name, kernel in found.items():  # all of them before any is changed, so that an error changes none
             try:
-                swapped[kernel] = transposed(kernel)
+                _check(kernel)
             except ValueError as error:
                 raise ValueError(f"ConvTranspose can't change {name}. {error}") from None
-        if all(kernel.shape[-1] == 1 for kernel in swapped):
+        if all(kernel.shape[-1] == 1 for kernel in found.values()):
             raise RuntimeError(
                 "ConvTranspose needs a convolution kernel larger than 1 × 1 that requires a gradient, but the network "
                 "has none, so nothing would change. Use another method for this network: WeightNoise, say."
             )
-        for kernel, value in swapped.items():
-            kernel.copy_(value)
+        for kernel in found.values():
+            kernel.copy_(transposed(kernel))

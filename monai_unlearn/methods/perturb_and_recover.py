@@ -8,8 +8,10 @@ from typing import Any, Protocol, cast
 
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers.param_scheduler import BaseParamScheduler
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
+from monai.handlers import LrScheduleHandler
 from monai.utils import CommonKeys
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,6 +25,7 @@ from monai_unlearn.methods._trainer import (
     require_loaded_weights,
     require_supervised_trainer,
     train_on,
+    unwrapped_handlers,
 )
 from monai_unlearn.methods._weights import kernels
 from monai_unlearn.methods.weight_noise import noisy
@@ -33,6 +36,8 @@ logger = logging.getLogger("monai_unlearn")
 
 # States that may be judged: the last one, and the one before it where the last one can be told from an unseen one.
 JUDGED = 2
+# Where schedules of the learning rate act.
+SCHEDULED = (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED, Events.ITERATION_STARTED, Events.ITERATION_COMPLETED)
 State = dict[str, torch.Tensor]
 
 
@@ -131,8 +136,9 @@ class PerturbAndRecover:
         ValueError: if an argument is out of its range, the budget does not make one step, or retain samples can't be
             found.
         TypeError: if attached to an engine that is no plain ``SupervisedTrainer``.
-        RuntimeError: if a ``CheckpointLoader`` stands after it or a ``CheckpointSaver`` before it, the network has no
-            kernel to train, or the run diverges before its first epoch ends.
+        RuntimeError: if a ``CheckpointLoader`` stands after it or a ``CheckpointSaver`` before it, the trainer has a
+            schedule of the learning rate, the network has no kernel to train, or the run diverges before its first
+            epoch ends.
 
     Example::
 
@@ -167,7 +173,7 @@ class PerturbAndRecover:
         self.cost = Cost()
         self.tuning_cost = Cost()
         self.notes: list[str] = []
-        self._recipe_epochs = 0
+        self._recipe_epochs: int | None = None  # while the trainer has another number
         self._cycle: torch.optim.lr_scheduler.OneCycleLR | None = None
         self._groups: list[dict[str, Any]] = []
         self._states: list[State] = []
@@ -176,7 +182,6 @@ class PerturbAndRecover:
     def attach(self, engine: Engine) -> None:
         """Register on a trainer's events."""
         require_supervised_trainer(engine, self)
-        self._recipe_epochs = int(engine.state.max_epochs or 0)
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._watch)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
@@ -187,15 +192,21 @@ class PerturbAndRecover:
         require_supervised_trainer(engine, self)
         require_loaded_weights(engine, self)
         require_before_savers(engine, self)
+        _require_no_schedule(engine)
         self._release(engine)
         self.cost, self.tuning_cost = Cost(), Cost()
         self.notes, self._states, self._diverged = [], [], False
         epochs, length = self._plan(engine)
         with seconds_of(self.cost, engine.state.device):
             self._perturb(plain_network(engine))
+        # The recipe has more epochs than a run that has ended, which Ignite would go on with.
+        engine.state.epoch = engine.state.iteration = 0
         # Its moments know the forget set where the trainer is the one that trained the original.
         engine.optimizer.state.clear()
-        self._groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+        self._groups = [
+            {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+            for group in engine.optimizer.param_groups
+        ]
         self._cycle = torch.optim.lr_scheduler.OneCycleLR(
             engine.optimizer,
             [float(group["lr"]) for group in engine.optimizer.param_groups],
@@ -205,12 +216,14 @@ class PerturbAndRecover:
 
     def _plan(self, engine: SupervisedTrainer) -> tuple[int, int]:
         """Give the run its data and length: epochs and steps in each."""
-        recipe = self._recipe_epochs * len(cast(Any, engine.data_loader).dataset)
+        recipe_epochs = int(engine.state.max_epochs or 0)
+        recipe = recipe_epochs * len(cast(Any, engine.data_loader).dataset)
         loader = self.loader
         if loader is None:
             loader = self.forget.retain_loader(engine.data_loader, training=True, augmentation=False)
         train_on(engine, loader, "retain")
-        batch = loader.batch_size or 1
+        # A loader with a batch sampler of its own does not say how large its batches are.
+        batch = loader.batch_size or math.ceil(len(cast(Any, loader.dataset)) / len(loader))
         reserved = 0 if self.judge is None else JUDGED * self.judge.samples
         epochs, length = steps_within(self.budget * recipe - reserved, batch, len(loader))
         if length < 1:
@@ -219,13 +232,19 @@ class PerturbAndRecover:
                 f"{recipe} samples are {self.budget * recipe:.0f}, of which judging takes {reserved} and a step {batch}"
                 f". Use a budget of at least {(reserved + batch) / max(recipe, 1):.2g}."
             )
+        self._recipe_epochs = recipe_epochs
         engine.state.max_epochs, engine.state.epoch_length = epochs, length
         logger.info(
-            "Perturb and recover: %d epochs of %d steps on the retain set, within %.0f %% of the original training",
+            "Perturb and recover: %d × %d steps on the retain set, within %g %% of the original training",
             epochs,
             length,
             100 * self.budget,
         )
+        if epochs * length < len(loader):
+            self._say(
+                f"The budget allowed {epochs * length} of the {len(loader)} steps of one pass through the retain set: "
+                "too few to recover from the noise. Raise it."
+            )
         return epochs, length
 
     @torch.no_grad()
@@ -253,8 +272,11 @@ class PerturbAndRecover:
                 "rate, and check the images for NaN. Nothing was written."
             )
         self._diverged = True
-        # The step that follows is of no consequence: the state is put back when the run ends.
-        engine.state.output[CommonKeys.LOSS] = torch.zeros_like(loss, requires_grad=True)
+        # The step that follows is of no consequence: the state is put back when the run ends. But all weights have to
+        # have a gradient, for which the scaler of mixed precision and the processes of distributed training wait.
+        engine.state.output[CommonKeys.LOSS] = sum(
+            (weight.nan_to_num() * 0).sum() for weight in engine.network.parameters() if weight.requires_grad
+        )
         engine.terminate()
 
     def _step(self, engine: SupervisedTrainer) -> None:
@@ -266,7 +288,7 @@ class PerturbAndRecover:
         if self._diverged:
             return
         state = {name: value.detach().clone() for name, value in engine.network.state_dict().items()}
-        if all(bool(torch.isfinite(value).all()) for value in state.values() if value.is_floating_point()):
+        if _all_finite(state):
             self._states = [*self._states, state][-JUDGED:]
         elif not self._states:
             raise RuntimeError(
@@ -279,15 +301,20 @@ class PerturbAndRecover:
     def _complete(self, engine: SupervisedTrainer) -> None:
         if not self._states:
             raise RuntimeError("The run ended before its first epoch did, so nothing was unlearned.")
+        epochs = engine.state.max_epochs
         self._release(engine)
         chosen = self._states[-1]
+        whole = engine.state.epoch == epochs and engine.state.iteration == epochs * (engine.state.epoch_length or 0)
         if self._diverged:
             self._say("The run diverged; the last state before that was kept. Lower the recipe's learning rate.")
+        elif not whole:
+            self._say("The run was ended early; the state of the last whole epoch was kept. Let it run to its end.")
+        if self._diverged or not whole:
             engine.network.load_state_dict(chosen)
         if self.judge is None:
             self._say(
-                "No state was judged, as there are no unseen images that are comparable to those to forget: the run "
-                f"lasted as long as its budget of {100 * self.budget:g} % of the original training."
+                "No state was judged, for want of a judge or of unseen images that are comparable to those to forget: "
+                f"the run had a fixed budget of {100 * self.budget:g} % of the original training."
             )
         else:
             self.judge.cost = self.tuning_cost
@@ -306,12 +333,13 @@ class PerturbAndRecover:
                 judged, which = before, "the state one epoch before the last"
             else:
                 network.load_state_dict(self._states[-1])
+        known = not (math.isnan(judged.low) or math.isnan(judged.high))
+        within = f"[{judged.low:.3f}, {judged.high:.3f}]" if known else "(no interval)"
         self._say(
             f"Judged on the selection half of the validation data, {which} was kept: AUC of forget images against "
-            f"unseen ones (matched by {', '.join(judge.matched_on)}) {judged.auc:.3f} "
-            f"[{judged.low:.3f}, {judged.high:.3f}]."
+            f"unseen ones (matched by {', '.join(judge.matched_on)}) {judged.auc:.3f} {within}."
         )
-        if math.isnan(judged.low) or math.isnan(judged.high):
+        if not known:
             self._say("That is of too few patients or images for an interval, so nothing was concluded from it.")
         if excess(judged) > 0:
             self._say("Forget images can still be told from unseen ones there: the budget was not enough. Raise it.")
@@ -332,4 +360,23 @@ class PerturbAndRecover:
                 del group[key]
             group.update(settings)
         self._groups = []
-        engine.state.max_epochs = self._recipe_epochs
+        if self._recipe_epochs is not None:
+            engine.state.max_epochs, self._recipe_epochs = self._recipe_epochs, None
+
+
+def _require_no_schedule(engine: Engine) -> None:
+    handlers = [handler for event in SCHEDULED for handler in unwrapped_handlers(engine, event)]
+    found = next((one for one in handlers if isinstance(one, (LrScheduleHandler, BaseParamScheduler))), None)
+    if found is not None:
+        raise RuntimeError(
+            f"PerturbAndRecover sets the learning rate itself, in one cycle, but the trainer has a "
+            f"{type(found).__name__} too. Leave it out of train_handlers."
+        )
+
+
+def _all_finite(state: State) -> bool:
+    """Whether a state holds neither NaN nor infinity."""
+    values = [value for value in state.values() if value.is_floating_point() and value.numel()]
+    # Both ends of a tensor's values take one run through it, a third of isfinite's time, and carry a NaN along.
+    ends = [end.double() for value in values for end in torch.aminmax(value)]
+    return not ends or bool(torch.stack(ends).isfinite().all())

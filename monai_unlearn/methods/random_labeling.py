@@ -37,11 +37,14 @@ def other_labels(labels: torch.Tensor, num_classes: int, generator: torch.Genera
     """
     if num_classes < 2:
         raise ValueError(f"num_classes should be at least 2, but got {num_classes!r}.")
-    if labels.numel() and (labels.min() < 0 or labels.max() >= num_classes or (labels != labels.round()).any()):
-        raise ValueError(
-            f"labels should be whole numbers in [0, {num_classes - 1}], but got [{labels.min()}, {labels.max()}]. "
-            "One-hot and soft labels can't be redrawn."
-        )
+    if labels.numel():
+        low, high = labels.aminmax()
+        whole = not labels.is_floating_point() or bool((labels == labels.round()).all())
+        if not whole or low < 0 or high >= num_classes:
+            raise ValueError(
+                f"labels should be whole numbers in [0, {num_classes - 1}], but got [{low}, {high}]. "
+                "One-hot and soft labels can't be redrawn."
+            )
     step = torch.randint(1, num_classes, labels.shape, generator=generator).to(labels)
     return (labels + step) % num_classes
 
@@ -174,8 +177,11 @@ class RandomLabeling:
         relabeled[rows] = drawn
         engine.state.batch = {**batch, self.label_key: relabeled}
         self._met += len(true)
-        differs = (drawn != true) & ~drawn.isnan()
-        self._relabeled += int(differs.reshape(len(true), -1).any(1).sum())
+        if findings:
+            differs = (drawn != true) & ~drawn.isnan()
+            self._relabeled += int(differs.reshape(len(true), -1).any(1).sum())
+        else:  # another class each
+            self._relabeled += len(true)
 
     def _check(self, labels: Any, size: int, findings: bool) -> None:
         """Refuse labels that are neither a class index nor a vector of findings for each sample."""

@@ -68,7 +68,7 @@ def summed_loss(loss_function: Any, prediction: torch.Tensor, target: torch.Tens
         per_class = isinstance(loss_function, (nn.CrossEntropyLoss, nn.NLLLoss)) and prediction.ndim == 2
         per_sample = per_class or isinstance(loss_function, MaskedBCEWithLogitsLoss)
         entries = 1 if per_sample or loss_function.reduction == "sum" else target.numel() // len(target)
-        return total / entries
+        return total if entries == 1 else total / entries
     return torch.stack(
         [loss_function(prediction[i : i + 1], target[i : i + 1]).mean() for i in range(len(target))]
     ).sum()

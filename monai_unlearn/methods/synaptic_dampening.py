@@ -50,9 +50,12 @@ def add_squared_gradients(
         losses: one scalar a sample.
     """
     for loss in losses:
-        for total, gradient in zip(sums, torch.autograd.grad(loss, parameters, allow_unused=True)):
-            if gradient is not None:
-                total.addcmul_(gradient, gradient)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        totals = [total for total, gradient in zip(sums, found) if gradient is not None]
+        gradients = [gradient for gradient in found if gradient is not None]
+        if gradients:
+            # As the optimizers do it: one call a sample instead of one a weight, which small networks feel.
+            torch._foreach_addcmul_(totals, gradients, gradients)
 
 
 def squared_gradients(
@@ -107,8 +110,8 @@ def dampening_factor(
         Tensor of the same shape, in [0, 1].
     """
     chosen = forget_importance > alpha * data_importance
-    ratio = (dampening * data_importance / forget_importance).clamp(max=1)
-    return torch.where(chosen, ratio, torch.ones_like(ratio))
+    ratio = (dampening * data_importance).div_(forget_importance).clamp_(max=1)
+    return torch.where(chosen, ratio, 1)
 
 
 class SelectiveSynapticDampening:
@@ -228,7 +231,7 @@ class SelectiveSynapticDampening:
             for of_forget, of_retain in zip(forget_sums, retain_sums):
                 of_all = of_retain.add_(of_forget).div_(forgotten + retained)
                 factors.append(dampening_factor(of_forget.div_(forgotten), of_all, self.alpha, self.dampening))
-                if not bool(of_all.isfinite().all()):
+                if of_all.numel() and not bool(of_all.max().isfinite()):  # at least 0, and max keeps a NaN
                     raise RuntimeError(
                         "The gradients of all samples should be finite, but some hold NaN or infinity. Check the "
                         "images and the original model's loss; labels that are not known (NaN) need "
@@ -293,7 +296,7 @@ class _Passes:
             step = 1 if args or kwargs else self.chunk_size
             for start in range(0, len(targets), step):
                 rows = range(start, min(start + step, len(targets)))
-                squares = self._together(inputs[start : start + step], targets[start : start + step])
+                squares = self._together(inputs, targets, rows)
                 if squares is None:
                     add_squared_gradients(sums, self.parameters, self._losses(inputs, targets, args, kwargs, rows))
                 else:
@@ -315,18 +318,21 @@ class _Passes:
             self.cost.forward += 1
             yield summed_loss(self.engine.loss_function, prediction, targets[i : i + 1])
 
-    def _together(self, inputs: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor] | None:
-        """The samples' squared gradients, vectorised; None where that can't be done."""
-        if self.chunk_size == 1 or len(targets) == 1:
+    def _together(self, inputs: torch.Tensor, targets: torch.Tensor, rows: range) -> list[torch.Tensor] | None:
+        """The rows' squared gradients, vectorised; None where that can't be done."""
+        if self.chunk_size == 1 or len(rows) == 1:
             return None
+        some = slice(rows.start, rows.stop)
         try:
-            squares = squared_gradients(self.network, self.parameters, inputs, targets, self.engine.loss_function)
+            squares = squared_gradients(
+                self.network, self.parameters, inputs[some], targets[some], self.engine.loss_function
+            )
         except (RuntimeError, TypeError, ValueError) as error:
             # A network that decides by values, say. If something else is wrong, one sample at a time will tell.
             logger.info("torch.vmap can't take the network (%s): one sample at a time, then", type(error).__name__)
             self.chunk_size = 1
             return None
-        self.cost.forward += 2 * len(targets)
+        self.cost.forward += 2 * len(rows)
         return squares
 
 

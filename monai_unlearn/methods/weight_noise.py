@@ -35,7 +35,7 @@ def noisy(weight: torch.Tensor, scale: float, generator: torch.Generator) -> tor
         n, not n − 1), so a kernel of one entry, or of equal ones, stays as it is.
     """
     noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight)
-    return weight + scale * weight.std(correction=0) * noise
+    return noise.mul_(scale * weight.std(correction=0)).add_(weight)
 
 
 class WeightNoise:

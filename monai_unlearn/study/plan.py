@@ -224,6 +224,12 @@ def _number(value: Any, types: Any) -> bool:
 def _methods(settings: Mapping[str, Any]) -> list[_Method]:
     """The methods, the plain ones first, with the options that each of them takes."""
     parts = tuple(_config(part, "parts") for part in settings["parts"])
+    for name, part in zip(settings["parts"], parts):
+        if "bundle" in ConfigParser.load_config_file(part):
+            raise ValueError(
+                f"parts should be configs that are added to each method, but {str(name)!r} stands by itself. Name "
+                "methods with --methods."
+            )
     plain = [_Method(Path(name).stem, (_config(name, "methods"), *parts)) for name in map(str, settings["methods"])]
     for method in plain:
         config = ConfigParser.load_config_file(method.files[0])

@@ -107,7 +107,7 @@ def _of_values(
     if not eligible.any() or (eligible.sum() < wanted and not up_to):
         raise ValueError(
             f"A share of {fraction:g} is {wanted} training images, but {data.name} has only {int(eligible.sum())} of "
-            f"people with {column} {' or '.join(map(str, values))}. Take a smaller one out of --fractions."
+            f"people with {column} {' or '.join(map(str, values))}. Give smaller --fractions."
         )
     request = _positions(data, _draw(persons, eligible, wanted, seed))
     known = data.train.attributes[column].notna().to_numpy() & (data.train.attributes[column].astype(str) != "")

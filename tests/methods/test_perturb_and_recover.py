@@ -14,7 +14,7 @@ from ignite.engine import Events
 from method_tasks import IS_FORGET, LABELS, NETWORKS, with_labels
 from monai.data import DataLoader, Dataset
 from monai.engines.utils import IterationEvents
-from monai.handlers import CheckpointSaver
+from monai.handlers import CheckpointSaver, LrScheduleHandler
 from monai.transforms import Compose, EnsureTyped, RandScaleIntensityd
 from torch import nn
 from torch.nn import functional
@@ -149,8 +149,52 @@ def test_settings_of_optimizer_and_trainer_are_put_back_and_a_second_run_is_equa
         states.append(snapshot(network))
         assert trainer.optimizer.state_dict()["param_groups"] == settings
         assert trainer.state.max_epochs == 4
-        trainer.state.epoch = trainer.state.iteration = 0
+        assert trainer.state.epoch == 3  # of the second run too, though the recipe has more
     assert same_bits(*states)
+
+
+def test_after_an_error_a_run_begins_anew_with_the_recipes_rate_and_length(
+    make_trainer, make_network, forget, snapshot, same_bits, on, begin_again
+) -> None:
+    network = make_network()
+    start = snapshot(network)
+    iterations = []
+
+    def interrupt(engine):
+        iterations.append(engine.state.iteration)
+        if len(iterations) == 7:
+            raise KeyboardInterrupt
+
+    handlers = [PerturbAndRecover(forget, budget=0.9), on(Events.ITERATION_COMPLETED, interrupt)]
+    trainer = make_trainer(handlers, network=network, max_epochs=6)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    network.load_state_dict(start)
+    begin_again(trainer)
+    trainer.run()
+    other = make_trainer([PerturbAndRecover(forget, budget=0.9)], max_epochs=6)
+    other.network.load_state_dict(start)
+    other.run()
+    assert iterations[7:] == list(range(1, other.state.iteration + 1))
+    assert same_bits(snapshot(network), snapshot(other.network))
+    assert trainer.state.max_epochs == 6
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_the_recipes_length_is_that_of_the_trainer_when_it_starts(make_trainer, forget) -> None:
+    trainer = make_trainer([PerturbAndRecover(forget, budget=0.5)], max_epochs=2)
+    trainer.state.max_epochs = 10
+    trainer.run()
+    assert 0.5 * 300 - 8 * (trainer.state.epoch + 1) < 8 * trainer.state.iteration <= 0.5 * 300
+    assert trainer.state.max_epochs == 10
+
+
+def test_the_budget_holds_for_a_loader_with_a_batch_sampler(make_trainer, forget, records) -> None:
+    sampler = torch.utils.data.BatchSampler(range(20), batch_size=5, drop_last=False)
+    loader = DataLoader(Dataset([records[i] for i in RETAIN]), batch_sampler=sampler)
+    trainer = make_trainer([PerturbAndRecover(forget, budget=0.5, loader=loader)], max_epochs=10)
+    trainer.run()
+    assert 0.5 * 300 - 5 * (trainer.state.epoch + 1) < 5 * trainer.state.iteration <= 0.5 * 300
 
 
 def test_each_group_of_parameters_has_its_own_rate(make_trainer, make_network, forget, on) -> None:
@@ -239,6 +283,7 @@ def test_the_better_of_the_last_two_states_is_kept(
 def test_of_too_few_for_an_interval_nothing_is_concluded(make_trainer, make_network, forget) -> None:
     handler, judge = run_judged(make_trainer, make_network(), forget, verdict(0.9))
     assert len(judge.seen) == 1
+    assert "0.900 (no interval)." in handler.notes[0]
     assert "nothing was concluded" in handler.notes[1]
     assert len(handler.notes) == 2
 
@@ -248,6 +293,45 @@ def test_without_a_judge_the_notes_say_that_the_budget_was_fixed(make_trainer, f
     make_trainer([handler]).run()
     assert "No state was judged" in handler.notes[0]
     assert "50 %" in handler.notes[0]
+
+
+def test_a_run_that_is_ended_early_keeps_the_last_whole_epoch_and_says_so(
+    make_trainer, make_network, forget, on, snapshot, same_bits
+) -> None:
+    network = make_network()
+    kept = []
+
+    def stop(engine):
+        if engine.state.iteration == 2 * engine.state.epoch_length + 1:
+            engine.terminate()
+
+    handlers = [
+        PerturbAndRecover(forget, budget=0.9, judge=Judge(verdict(0.5, 0.45, 0.55))),
+        on(Events.EPOCH_COMPLETED(once=2), lambda engine: kept.append(snapshot(network))),
+        on(Events.ITERATION_COMPLETED, stop),
+    ]
+    make_trainer(handlers, network=network, max_epochs=6).run()
+    assert same_bits(snapshot(network), kept[0])
+    assert "ended early" in handlers[0].notes[0]
+
+
+def test_a_run_of_less_than_one_pass_says_that_it_was_too_short(make_trainer, forget) -> None:
+    handler = PerturbAndRecover(forget, budget=0.3)
+    make_trainer([handler]).run()
+    assert "allowed 2 of the 3 steps" in handler.notes[0]
+    assert len(handler.notes) == 2
+
+
+def test_a_loss_that_diverges_under_mixed_precision_is_rewound_too(make_trainer, forget, on, monkeypatch) -> None:
+    def break_it(engine):
+        if engine.state.epoch == 3:
+            engine.state.output["loss"] = engine.state.output["loss"] * NAN
+
+    monkeypatch.setattr("torch.cuda.amp.GradScaler", lambda: torch.amp.GradScaler("cpu"))
+    handler = PerturbAndRecover(forget, budget=0.9)
+    handlers = [on(IterationEvents.LOSS_COMPLETED, break_it), handler]
+    make_trainer(handlers, max_epochs=6, amp=True, optim_set_to_none=True).run()
+    assert "diverged" in handler.notes[0]
 
 
 @pytest.mark.parametrize("where", ["loss", "weights"])
@@ -321,6 +405,20 @@ def test_a_network_without_kernels_is_refused(make_trainer, forget) -> None:
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(1))
     with pytest.raises(RuntimeError, match="needs a weight of two or more dimensions"):
         make_trainer([PerturbAndRecover(forget, budget=1.0)], network=network).run()
+
+
+@pytest.mark.parametrize("every_epoch", [True, False])
+def test_a_schedule_of_the_rate_is_refused(
+    make_trainer, make_network, forget, snapshot, same_bits, every_epoch
+) -> None:
+    network = make_network()
+    before = snapshot(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    schedule = LrScheduleHandler(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2), epoch_level=every_epoch)
+    handlers = [PerturbAndRecover(forget, budget=1.0), schedule]
+    with pytest.raises(RuntimeError, match=r"has a LrScheduleHandler too\. Leave it out"):
+        make_trainer(handlers, network=network, optimizer=optimizer).run()
+    assert same_bits(snapshot(network), before)
 
 
 def test_a_place_after_a_saver_is_refused(make_trainer, make_network, forget, tmp_path) -> None:
