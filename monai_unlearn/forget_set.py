@@ -217,12 +217,9 @@ class ForgetSet:
         """
         loader = _rebuildable(loader)
         dataset = _whole(loader.dataset)
-        forget = set(self.positions(dataset))
-        retain = [i for i in range(len(dataset)) if i not in forget]  # type: ignore[arg-type]
-        limit = len(retain) if max_batches is None else max_batches * (loader.batch_size or 1)
-        if limit < len(retain):
-            order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))
-            retain = [retain[i] for i in sorted(order[:limit].tolist())]
+        retain = self._retain_positions(dataset)
+        if max_batches is not None:
+            retain = _drawn(retain, max_batches * (loader.batch_size or 1), seed)
         if not training:
             part = Subset(without_random(dataset), retain)
             return _rebuilt(loader, part, shuffle=False, generator=torch.Generator())
@@ -249,12 +246,14 @@ class ForgetSet:
             return loader
         loader = _rebuildable(loader)
         dataset: Any = loader.dataset
-        forget = self.positions(dataset)
-        chosen = set(forget)
-        retain = [i for i in range(len(dataset)) if i not in chosen]
-        order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))
-        kept = [retain[i] for i in order[: max(1, round(fraction * len(retain)))].tolist()]
-        return _rebuilt(loader, Subset(dataset, sorted(forget + kept)), _shuffles(loader, "retain"), loader.generator)
+        retain = self._retain_positions(dataset)
+        left_out = set(retain).difference(_drawn(retain, max(1, round(fraction * len(retain))), seed))
+        part = Subset(dataset, [i for i in range(len(dataset)) if i not in left_out])
+        return _rebuilt(loader, part, _shuffles(loader, "retain"), loader.generator)
+
+    def _retain_positions(self, dataset: Dataset) -> list[int]:
+        forget = set(self.positions(dataset))
+        return [i for i in range(len(dataset)) if i not in forget]  # type: ignore[arg-type]
 
     def _value(self, record: Any) -> Any:
         """What identifies a record: its id, its flag or its image's path."""
@@ -292,6 +291,14 @@ class ForgetSet:
                 f"Of {len(wanted)} files to forget, {missing} are not in the training data and {ambiguous} match "
                 "more than one file. Give enough of each path to make it unique."
             )
+
+
+def _drawn(positions: list[int], number: int, seed: int) -> list[int]:
+    """So many of the positions at the most, drawn with a seed, in order."""
+    if number >= len(positions):
+        return positions
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
+    return [positions[i] for i in sorted(order[:number].tolist())]
 
 
 class _TrainingSubset(Subset):

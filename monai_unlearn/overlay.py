@@ -59,7 +59,7 @@ from monai_unlearn.output import check_output_dir, replaced_folder, write_json
 from monai_unlearn.provenance import machine, versions
 from monai_unlearn.report import build_report
 from monai_unlearn.run import refuse_near_chance
-from monai_unlearn.training import run_trainer
+from monai_unlearn.training import notes_of, run_methods, run_trainer
 
 __all__ = ["unlearn"]
 
@@ -178,12 +178,7 @@ class _Run:
         own = {"before": _own_metrics(theirs)}
 
         set_determinism(settings["seed"])
-        cost = {"mask": Cost(), "tuning": Cost(), "unlearn": run_trainer(trainer, "unlearning")}
-        for method in methods:
-            if hasattr(method, "cost"):
-                cost[method.cost_phase] += method.cost
-            if hasattr(method, "tuning_cost"):
-                cost["tuning"] += method.tuning_cost
+        cost = run_methods(trainer, methods)
         save_atomically(checkpoint.with_state_of(trainer.network), folder / "unlearned_model.pt")
         # Evaluated is what was written, read back as the bundle's own configs would.
         load_checkpoint(folder / "unlearned_model.pt", checkpoint.key).load_into(trainer.network)
@@ -238,7 +233,7 @@ class _Run:
                 "allow_partial": settings["allow_partial"],
                 "overlap": shared,
             },
-            notes=_notes(loader_of(trainer).dataset, own, compared=shared is not None),
+            notes=[*notes_of(methods), *_notes(loader_of(trainer).dataset, own, compared=shared is not None)],
             provenance={
                 "original_checkpoint": str(path),
                 "data": {"name": self.root.resolve().name, "sha256": None},

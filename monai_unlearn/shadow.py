@@ -28,7 +28,7 @@ from monai_unlearn.data import ImageData, ImageFiles, LabeledImages, Split, peop
 from monai_unlearn.evaluation import evaluate
 from monai_unlearn.output import new_folder, write_json
 from monai_unlearn.provenance import machine
-from monai_unlearn.training import run_trainer
+from monai_unlearn.training import costs_of, run_trainer
 
 __all__ = ["ShadowScores", "shadow_hash", "shadow_scores"]
 
@@ -263,7 +263,7 @@ def _train(
     trained.load_into(trainer.network)
     cost += run_trainer(trainer, f"{name}, unlearning")
     shutil.rmtree(private)
-    return trainer.network, sum((method.cost for method in methods if hasattr(method, "cost")), cost)
+    return trainer.network, sum(costs_of(methods).values(), cost)
 
 
 def _training_data(data: ImageData, split: Split, targets: _Targets, inside: np.ndarray) -> tuple[ImageData, Split]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
@@ -20,7 +22,16 @@ from monai_unlearn.methods import Retrain, unwrapped_handlers
 from monai_unlearn.output import new_folder, write_json
 from monai_unlearn.provenance import machine
 
-__all__ = ["HISTORY", "TrainedModel", "find_model", "run_trainer", "train_model"]
+__all__ = [
+    "HISTORY",
+    "TrainedModel",
+    "costs_of",
+    "find_model",
+    "notes_of",
+    "run_methods",
+    "run_trainer",
+    "train_model",
+]
 
 logger = logging.getLogger("monai_unlearn")
 
@@ -138,3 +149,35 @@ def run_trainer(
             f"The {what} run took no step: its loader gives no batch. Use a smaller batch size, or more data."
         )
     return clock.cost
+
+
+def run_methods(trainer: SupervisedTrainer, methods: Iterable[object]) -> dict[str, Cost]:
+    """Unlearn with a trainer and the methods that it was built with.
+
+    Args:
+        trainer: the trainer.
+        methods: its handlers.
+
+    Returns:
+        Phase (``mask``, ``tuning``, ``unlearn``) → what it cost, iterations included.
+    """
+    iterations = run_trainer(trainer, "unlearning")
+    cost = costs_of(methods)
+    cost["unlearn"] += iterations
+    return cost
+
+
+def costs_of(methods: Iterable[Any]) -> dict[str, Cost]:
+    """What methods have cost beside the iterations, by phase."""
+    cost = {"mask": Cost(), "tuning": Cost(), "unlearn": Cost()}
+    for method in methods:
+        if hasattr(method, "cost"):
+            cost[method.cost_phase] += method.cost
+        if hasattr(method, "tuning_cost"):
+            cost["tuning"] += method.tuning_cost
+    return cost
+
+
+def notes_of(methods: Iterable[Any]) -> list[str]:
+    """What methods have to say for a report."""
+    return [note for method in methods for note in getattr(method, "notes", ())]

@@ -28,7 +28,7 @@ from monai_unlearn.output import check_output_dir, scratch_folder
 from monai_unlearn.report import tuning_page
 from monai_unlearn.run import Run, refuse_near_chance
 from monai_unlearn.selection import Judgement, SelectionJudge
-from monai_unlearn.training import run_trainer
+from monai_unlearn.training import costs_of, run_trainer
 from monai_unlearn.trials import SIGN_OF_LIFE, SharedStudy, optuna_module, quiet, shown_storage
 from monai_unlearn.workflow import Chosen, unlearn_run
 
@@ -407,12 +407,7 @@ class _Trial:
 
     def cost(self) -> Cost:
         """What it has cost so far: steps, what the method does beside them, and judging."""
-        whole = self._clock.cost + self._search.judge.cost
-        for method in self._methods:
-            for name in ("cost", "tuning_cost"):
-                if hasattr(method, name):
-                    whole += getattr(method, name)
-        return whole
+        return sum(costs_of(self._methods).values(), self._clock.cost + self._search.judge.cost)
 
     def keep_cost(self) -> None:
         """Put the cost into the storage, where it stays if this process is killed."""

@@ -28,7 +28,7 @@ from monai_unlearn.leftovers import find
 from monai_unlearn.output import check_output_dir, replaced_folder, write_json
 from monai_unlearn.report import build_report, percent
 from monai_unlearn.run import Run, refuse_near_chance
-from monai_unlearn.training import run_trainer, train_model
+from monai_unlearn.training import notes_of, run_methods, train_model
 
 __all__ = ["Chosen", "train", "unlearn", "unlearn_run"]
 
@@ -145,12 +145,8 @@ def _unlearn_into(folder: Path, run: Run, chosen: Chosen) -> dict:
         "trainer", "methods", private_dir=str(folder / "private"), train_seed=settings["seed"]
     )
     checkpoint.load_into(trainer.network)
-    cost = {"mask": Cost(), "tuning": chosen.cost, "unlearn": run_trainer(trainer, "unlearning")}
-    for method in methods:
-        if hasattr(method, "cost"):
-            cost[method.cost_phase] += method.cost
-        if hasattr(method, "tuning_cost"):
-            cost["tuning"] += method.tuning_cost
+    cost = run_methods(trainer, methods)
+    cost["tuning"] += chosen.cost
     unlearned_path = folder / "unlearned_model.pt"
     save_atomically(checkpoint.with_state_of(trainer.network), unlearned_path)
     # Evaluated is what was written, read back as a user would.
@@ -178,7 +174,7 @@ def _unlearn_into(folder: Path, run: Run, chosen: Chosen) -> dict:
         request=split.request,
         notes=[
             *chosen.notes,
-            *(note for method in methods for note in getattr(method, "notes", ())),
+            *notes_of(methods),
             *run.data.notes,
             *([NO_TEST_SET] if run.data.test is None else []),
             *run.remove_cached_copies(),

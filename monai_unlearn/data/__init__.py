@@ -7,7 +7,7 @@ from monai_unlearn.data.dicom_pixels import DicomViewReader
 from monai_unlearn.data.image_data import BatchedImages, ImageData, ImageFiles, LabeledImages, make_loader
 from monai_unlearn.data.image_files import FileImages, GreyImage, file_dataset, remove_cached
 from monai_unlearn.data.load import load_data
-from monai_unlearn.data.matched import matched_loader, matched_rows
+from monai_unlearn.data.matched import column_strata, matched_loader, matched_rows
 from monai_unlearn.data.medmnist import download_medmnist, read_medmnist
 from monai_unlearn.data.request import DeletionRequest, Resolution, Selector, read_request, resolve_request
 from monai_unlearn.data.rules import ID_COLUMNS
@@ -30,6 +30,7 @@ __all__ = [
     "Resolution",
     "Selector",
     "Split",
+    "column_strata",
     "dicom_index",
     "download_medmnist",
     "file_dataset",

@@ -12,11 +12,11 @@ from monai_unlearn.data.image_data import ImageData, ImageFiles, LabeledImages, 
 from monai_unlearn.data.matching import hashed_order
 from monai_unlearn.data.splits import Split
 
-__all__ = ["matched_loader", "matched_rows"]
+__all__ = ["column_strata", "matched_loader", "matched_rows"]
 
 logger = logging.getLogger("monai_unlearn")
 
-# Numbers of more different values are cut into fifths, as the audit does.
+# Numbers of more different values are cut into fifths.
 FEW_VALUES = 12
 MOST = 0.5
 # Missing strata that a message names.
@@ -115,7 +115,7 @@ def _strata(data: ImageData, split: Split) -> tuple[np.ndarray, np.ndarray]:
                 f"The request goes by {column}, which the validation images do not have, so that none of them can be "
                 "called comparable. Do without matched images (in SCRUB's bundle: --rewind false), or add the column."
             )
-        values = _column_in_words(*(table[column].iloc[rows] for table, (_, rows) in zip(tables, sides)))
+        values = column_strata(*(table[column].iloc[rows] for table, (_, rows) in zip(tables, sides)), in_words=True)
         words = [np.char.add(side, np.char.add(f", {column} ", more)) for side, more in zip(words, values)]
     return words[0], words[1]
 
@@ -129,10 +129,20 @@ def _labels_in_words(part: LabeledImages | ImageFiles, rows: np.ndarray, class_n
     ]
 
 
-def _column_in_words(ours: pd.Series, theirs: pd.Series) -> list[np.ndarray]:
+def column_strata(ours: pd.Series, theirs: pd.Series, *, in_words: bool = False) -> list[np.ndarray]:
+    """The stratum of each image of both sides by a column: its value, or a fifth of many different numbers.
+
+    Args:
+        ours: the column of the forget images.
+        theirs: that of unseen images.
+        in_words: whether a fifth is called by its ends, rather than by its number.
+
+    Returns:
+        The strata of both sides, as text.
+    """
     both = pd.concat([ours, theirs], ignore_index=True)
     if pd.api.types.is_numeric_dtype(both) and both.nunique() > FEW_VALUES:
-        both = pd.qcut(both, 5, duplicates="drop")
+        both = pd.qcut(both, 5, labels=None if in_words else False, duplicates="drop")
     text = both.astype(str).to_numpy(dtype=str)
     return [text[: len(ours)], text[len(ours) :]]
 

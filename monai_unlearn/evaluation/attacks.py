@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from monai_unlearn.data import column_strata
 from monai_unlearn.evaluation.audited import Audited, AuditOptions, Facts, member_scores
 from monai_unlearn.evaluation.evaluate import SplitResult
 from monai_unlearn.metrics import (
@@ -30,8 +30,6 @@ __all__ = ["attack_section", "matching_strata", "verdict_section"]
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]  # model → scores of forget and of unseen images
 POWER = 1.96 + 0.84  # standard errors that a difference has to have to show at 5 % in four of five audits
 BINS = 30
-# Where a column has more values than this it is matched by fifths.
-FEW_VALUES = 12
 
 
 def attack_section(audited: Audited, options: AuditOptions) -> dict[str, Any]:
@@ -190,17 +188,9 @@ def matching_strata(
         keys["class"] = [side.astype(str) for side in labels]
     for name in matched:
         if all(name in side.columns for side in facts):
-            keys[name] = _column_strata(*(side.columns[name] for side in facts))
+            keys[name] = column_strata(*(side.columns[name] for side in facts))
     strata = [np.array(["\0".join(row) for row in zip(*(values[side] for values in keys.values()))]) for side in (0, 1)]
     return list(keys), (strata[0], strata[1])
-
-
-def _column_strata(ours: pd.Series, theirs: pd.Series) -> list[np.ndarray]:
-    both = pd.concat([ours, theirs], ignore_index=True)
-    if pd.api.types.is_numeric_dtype(both) and both.nunique() > FEW_VALUES:
-        both = pd.qcut(both, 5, labels=False, duplicates="drop")
-    text = both.astype(str).to_numpy(dtype=str)
-    return [text[: len(ours)], text[len(ours) :]]
 
 
 def _entry(scores: Mapping[str, Sequence], sides: Sides, options: AuditOptions) -> dict[str, Any]:
@@ -314,7 +304,7 @@ def _by_patient(
         return None
     strata = None
     if named := [name for name in options.matched if name in forget.columns and name in unseen.columns]:
-        columns = [_column_strata(forget.columns[name], unseen.columns[name]) for name in named]
+        columns = [column_strata(forget.columns[name], unseen.columns[name]) for name in named]
         strata = [np.array(["\0".join(row) for row in zip(*(c[side] for c in columns))]) for side in (0, 1)]
     averaged: dict[str, list] = {}
     first: list[np.ndarray] = []

@@ -16,6 +16,7 @@ from monai_unlearn.forget_set import ForgetSet
 
 __all__ = [
     "evaluation_mode",
+    "forget_batches",
     "is_iterating",
     "parameter_name",
     "plain_network",
@@ -103,6 +104,24 @@ def train_on_retain(engine: SupervisedTrainer, forget: ForgetSet, loader: DataLo
     if loader is None:
         loader = forget.retain_loader(engine.data_loader, training=True)
     train_on(engine, loader, "retain")
+
+
+def forget_batches(engine: SupervisedTrainer, forget: ForgetSet, loader: DataLoader | None = None) -> DataLoader:
+    """Forget samples to train on.
+
+    Args:
+        engine: the trainer, at ``STARTED``.
+        forget: the forget set.
+        loader: forget samples only; by default made from the trainer's own loader (same batch size, order and
+            transforms).
+
+    Raises:
+        ValueError: if there is no forget sample, or they can't be found.
+    """
+    if loader is None:
+        loader = forget.forget_loader(engine.data_loader, training=True)
+    require_batches(loader, "forget")
+    return loader
 
 
 def train_on(engine: SupervisedTrainer, loader: DataLoader, part: str) -> None:

@@ -9,7 +9,7 @@ from monai.utils import CommonKeys
 from torch.utils.data import DataLoader
 
 from monai_unlearn.forget_set import ForgetSet
-from monai_unlearn.methods._trainer import require_loaded_weights, require_supervised_trainer, train_on
+from monai_unlearn.methods._trainer import forget_batches, require_loaded_weights, require_supervised_trainer, train_on
 
 __all__ = ["GradientAscent"]
 
@@ -54,10 +54,7 @@ class GradientAscent:
     def _start(self, engine: SupervisedTrainer) -> None:
         require_supervised_trainer(engine, self)
         require_loaded_weights(engine, self)
-        loader = self.loader
-        if loader is None:
-            loader = self.forget.forget_loader(engine.data_loader, training=True)
-        train_on(engine, loader, "forget")
+        train_on(engine, forget_batches(engine, self.forget, self.loader), "forget")
 
     @staticmethod
     def _negate(engine: SupervisedTrainer) -> None:

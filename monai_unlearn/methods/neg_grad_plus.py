@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from monai_unlearn.cost import Cost
 from monai_unlearn.forget_set import ForgetSet
 from monai_unlearn.methods._trainer import (
+    forget_batches,
     predict,
-    require_batches,
     require_loaded_weights,
     require_supervised_trainer,
     train_on_retain,
@@ -102,11 +102,7 @@ class NegGradPlus:
         require_loaded_weights(engine, self)
         train_on_retain(engine, self.forget, self.loader)
         if self.alpha < 1:
-            loader = self.forget_loader
-            if loader is None:
-                loader = self.forget.forget_loader(engine.data_loader, training=True)
-            require_batches(loader, "forget")
-            self._batches = _cycle(loader)
+            self._batches = _cycle(forget_batches(engine, self.forget, self.forget_loader))
 
     def _take_off(self, engine: SupervisedTrainer) -> None:
         if self._batches is None:

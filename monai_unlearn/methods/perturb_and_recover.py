@@ -27,8 +27,7 @@ from monai_unlearn.methods._trainer import (
     train_on,
     unwrapped_handlers,
 )
-from monai_unlearn.methods._weights import kernels
-from monai_unlearn.methods.weight_noise import noisy
+from monai_unlearn.methods.weight_noise import disturb
 
 __all__ = ["PerturbAndRecover", "excess", "steps_within"]
 
@@ -247,17 +246,8 @@ class PerturbAndRecover:
             )
         return epochs, length
 
-    @torch.no_grad()
     def _perturb(self, network: nn.Module) -> None:
-        found = kernels(network)
-        if not found:
-            raise RuntimeError(
-                "PerturbAndRecover needs a weight of two or more dimensions that requires a gradient, but the network "
-                "has none. Let its weights require a gradient."
-            )
-        generator = torch.Generator().manual_seed(self.seed)
-        for kernel in found.values():
-            kernel.copy_(noisy(kernel, self.scale, generator))
+        disturb(network, self.scale, self.seed, type(self).__name__)
         for module in network.modules():
             if isinstance(module, _BatchNorm) and module.track_running_stats:
                 module.reset_running_stats()

@@ -19,9 +19,9 @@ from monai_unlearn.cost import Cost, seconds_of
 from monai_unlearn.forget_set import ForgetSet
 from monai_unlearn.methods._trainer import (
     evaluation_mode,
+    forget_batches,
     plain_network,
     predict,
-    require_batches,
     require_before_savers,
     require_loaded_weights,
     require_supervised_trainer,
@@ -250,12 +250,8 @@ class SCRUB:
         train_on_retain(engine, self.forget, self.loader)
         self._retain_batches = engine.state.dataloader
         if self.forget_epochs:
-            loader = self.forget_loader
-            if loader is None:
-                loader = self.forget.forget_loader(engine.data_loader, training=True)
-            require_batches(loader, "forget")
-            self._forget_batches = loader
-            engine.state.epoch_length += len(loader)
+            self._forget_batches = forget_batches(engine, self.forget, self.forget_loader)
+            engine.state.epoch_length += len(self._forget_batches)
         if self.forget_epochs or self.alpha:
             self._teacher = copy.deepcopy(plain_network(engine)).eval().requires_grad_(False)
         if self.rewind_loader is not None:

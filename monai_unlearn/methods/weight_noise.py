@@ -19,7 +19,7 @@ from monai_unlearn.methods._trainer import (
 )
 from monai_unlearn.methods._weights import kernels
 
-__all__ = ["WeightNoise", "noisy"]
+__all__ = ["WeightNoise", "disturb", "noisy"]
 
 
 def noisy(weight: torch.Tensor, scale: float, generator: torch.Generator) -> torch.Tensor:
@@ -36,6 +36,30 @@ def noisy(weight: torch.Tensor, scale: float, generator: torch.Generator) -> tor
     """
     noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight)
     return noise.mul_(scale * weight.std(correction=0)).add_(weight)
+
+
+@torch.no_grad()
+def disturb(network: torch.nn.Module, scale: float, seed: int, who: str) -> None:
+    """Add noise to every kernel of a network, see ``noisy``.
+
+    Args:
+        network: the network.
+        scale: size of the noise, at least 0.
+        seed: seed of the draws, which are made kernel by kernel in the order of their names.
+        who: the method, for the error.
+
+    Raises:
+        RuntimeError: if the network has no kernel that requires a gradient.
+    """
+    found = kernels(network)
+    if not found:
+        raise RuntimeError(
+            f"{who} needs a weight of two or more dimensions that requires a gradient, but the network has none. Let "
+            "its weights require a gradient."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    for kernel in found.values():
+        kernel.copy_(noisy(kernel, scale, generator))
 
 
 class WeightNoise:
@@ -92,16 +116,4 @@ class WeightNoise:
         self.cost = Cost()
         train_on_retain(engine, self.forget, self.loader)  # before any weight is changed, so that an error changes none
         with seconds_of(self.cost, engine.state.device):
-            self._disturb(plain_network(engine))
-
-    @torch.no_grad()
-    def _disturb(self, network: torch.nn.Module) -> None:
-        found = kernels(network)
-        if not found:
-            raise RuntimeError(
-                "WeightNoise needs a weight of two or more dimensions that requires a gradient, but the network has "
-                "none. Let its weights require a gradient."
-            )
-        generator = torch.Generator().manual_seed(self.seed)
-        for kernel in found.values():
-            kernel.copy_(noisy(kernel, self.scale, generator))
+            disturb(plain_network(engine), self.scale, self.seed, type(self).__name__)

@@ -43,3 +43,14 @@ def with_labels(records: list[dict], kind: str, dims: int = 2, side: int | None 
             image = nn.functional.interpolate(image[None], size=(side,) * dims)[0]
         out.append({**record, "image": image, "label": LABELS[kind][1](i)})
     return Dataset(out)
+
+
+def task_of(records: list[dict], kind: str, name: str) -> dict:
+    """Network, data and loss of a kind of labels and a network, for ``make_trainer``."""
+    dims, build = NETWORKS[name]
+    outputs, _, loss = LABELS[kind]
+    return {
+        "network": build(outputs),
+        "dataset": with_labels(records[:20], kind, dims, side=8),
+        "loss_function": loss,
+    }

@@ -220,6 +220,21 @@ def test_an_error_outside_the_iterations_propagates(make_trainer, make_network, 
 
 
 @pytest.mark.parametrize(
+    "variant", ["finetune", "conv_transpose", "masked_small_gradients", "perturb_and_recover", "weight_noise"]
+)
+def test_no_forget_sample_is_trained_on_and_the_policy_still_finds_the_others(
+    make_trainer, make_network, forget, on, variant
+) -> None:
+    network = make_network()
+    seen: set[int] = set()
+    see = on(Events.ITERATION_COMPLETED, lambda engine: seen.update(engine.state.batch["index"].tolist()))
+    statistics = methods.BatchNormPolicy(forget)
+    make_trainer([build(variant, forget, network), statistics, see], network=network).run()
+    assert seen == {i for i in range(30) if i // 5 not in (0, 3)}
+    assert statistics.cost.samples == 20
+
+
+@pytest.mark.parametrize(
     "variant", [name for name in VARIANTS if not name.startswith("batch_norm") or name == "batch_norm_retain"]
 )
 def test_samples_that_are_not_there_raise(make_trainer, make_network, variant) -> None:

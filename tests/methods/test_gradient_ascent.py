@@ -7,11 +7,10 @@ import copy
 import pytest
 import torch
 from ignite.engine import Events
-from method_tasks import IS_FORGET, LABELS, NETWORKS, with_labels
+from method_tasks import IS_FORGET, LABELS, NETWORKS, task_of, with_labels
 from monai.data import DataLoader, Dataset
 from monai.engines.utils import IterationEvents
 from monai.transforms import Compose, RandGaussianNoised
-from torch import nn
 from torch.nn import functional
 
 from monai_unlearn import ForgetSet
@@ -211,11 +210,9 @@ def test_a_custom_sampler_is_refused(make_trainer, forget, records) -> None:
 @pytest.mark.parametrize("kind", LABELS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_task_and_network_is_ascended(make_trainer, forget, records, kind, name) -> None:
-    dims, build = NETWORKS[name]
-    outputs, _, loss = LABELS[kind]
-    network: nn.Module = build(outputs)
+    task = task_of(records, kind, name)
+    network = task["network"]
     before = copy.deepcopy(network)
-    dataset = with_labels(records[:20], kind, dims, side=8)
-    make_trainer([GradientAscent(forget)], network=network, dataset=dataset, loss_function=loss, max_epochs=1).run()
+    make_trainer([GradientAscent(forget)], max_epochs=1, **task).run()
     assert all(parameter.isfinite().all() for parameter in network.parameters())
     assert any((p != q).any() for p, q in zip(network.parameters(), before.parameters()))

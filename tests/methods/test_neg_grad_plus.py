@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ignite.engine import Events
-from method_tasks import IS_FORGET, LABELS, NETWORKS, with_labels
+from method_tasks import IS_FORGET, LABELS, NETWORKS, task_of, with_labels
 from monai.data import DataLoader, Dataset
-from torch import nn
 from torch.nn import functional
 
 from monai_unlearn.methods import BatchNormPolicy, FineTune, NegGradPlus, SaliencyMask
@@ -210,11 +209,9 @@ def test_masked_weights_do_not_move_and_statistics_hold_retain_samples(make_trai
 @pytest.mark.parametrize("kind", LABELS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_task_and_network_is_trained(make_trainer, forget, records, kind, name) -> None:
-    dims, build = NETWORKS[name]
-    outputs, _, loss = LABELS[kind]
-    network: nn.Module = build(outputs)
+    task = task_of(records, kind, name)
+    network = task["network"]
     before = copy.deepcopy(network)
-    dataset = with_labels(records[:20], kind, dims, side=8)
-    make_trainer([NegGradPlus(forget)], network=network, dataset=dataset, loss_function=loss, max_epochs=1).run()
+    make_trainer([NegGradPlus(forget)], max_epochs=1, **task).run()
     assert all(parameter.isfinite().all() for parameter in network.parameters())
     assert any((p != q).any() for p, q in zip(network.parameters(), before.parameters()))

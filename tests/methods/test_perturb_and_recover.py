@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ignite.engine import Events
-from method_tasks import IS_FORGET, LABELS, NETWORKS, with_labels
+from method_tasks import IS_FORGET, LABELS, NETWORKS, task_of
 from monai.data import DataLoader, Dataset
 from monai.engines.utils import IterationEvents
 from monai.handlers import CheckpointSaver, LrScheduleHandler
@@ -218,13 +218,11 @@ def test_each_group_of_parameters_has_its_own_rate(make_trainer, make_network, f
 @pytest.mark.parametrize("kind", LABELS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_task_and_network_is_trained(make_trainer, forget, records, kind, name) -> None:
-    dims, build = NETWORKS[name]
-    outputs, _, loss = LABELS[kind]
-    network = build(outputs)
+    task = task_of(records, kind, name)
+    network = task["network"]
     before = copy.deepcopy(network)
-    dataset = with_labels(records[:20], kind, dims, side=8)
     handler = PerturbAndRecover(forget, budget=1.0)
-    make_trainer([handler], network=network, dataset=dataset, loss_function=loss, max_epochs=1).run()
+    make_trainer([handler], max_epochs=1, **task).run()
     assert all(torch.isfinite(value).all() for value in network.state_dict().values())
     assert all((p != q).any() for p, q in zip(network.parameters(), before.parameters()) if p.ndim > 1)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ignite.engine import Events
 from ignite.handlers import ProgressBar
-from method_tasks import IS_FORGET, LABELS, NETWORKS, with_labels
+from method_tasks import IS_FORGET, LABELS, NETWORKS, task_of, with_labels
 from monai.data import DataLoader, Dataset
 from monai.handlers import CheckpointSaver
 from scipy.special import expit, rel_entr, softmax
@@ -341,15 +341,11 @@ def test_loss_scaling_changes_nothing_but_rounding(make_trainer, make_network, f
 @pytest.mark.parametrize("kind", LABELS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_task_and_network_is_scrubbed(make_trainer, forget, records, kind, name) -> None:
-    dims, build = NETWORKS[name]
-    outputs, _, loss = LABELS[kind]
-    network: nn.Module = build(outputs)
+    task = task_of(records, kind, name)
+    network = task["network"]
     before = copy.deepcopy(network)
-    dataset = with_labels(records[:20], kind, dims, side=8)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.001)
-    make_trainer(
-        [SCRUB(forget, forget_epochs=1)], network=network, dataset=dataset, loss_function=loss, optimizer=optimizer
-    ).run()
+    make_trainer([SCRUB(forget, forget_epochs=1)], optimizer=optimizer, **task).run()
     assert all(parameter.isfinite().all() for parameter in network.parameters())
     assert any((p != q).any() for p, q in zip(network.parameters(), before.parameters()))
 
