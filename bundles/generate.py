@@ -355,7 +355,7 @@ CONFIGS = {
     # The recipe's own trainer: what it is made of says how to train again in fast motion. Nothing is to be tuned.
     "auto": method_config(
         "auto",
-        {"budget": 0.2},
+        {"budget": 0.3},
         [PERTURB_AND_RECOVER],
         current_run="$None",
         judge={"_target_": "monai_unlearn.selection.judge_of", "run": "@current_run", "most_forget": 512},

@@ -27,14 +27,20 @@ from monai_unlearn.methods._trainer import (
     train_on,
     unwrapped_handlers,
 )
+from monai_unlearn.methods._weights import kernels
 from monai_unlearn.methods.weight_noise import disturb
 
-__all__ = ["PerturbAndRecover", "excess", "steps_within"]
+__all__ = ["PerturbAndRecover", "cycle", "excess", "steps_within"]
 
 logger = logging.getLogger("monai_unlearn")
 
 # States that may be judged: the last one, and the one before it where the last one can be told from an unseen one.
 JUDGED = 2
+# How far a step moves a kernel at the height of the cycle, as a share of the kernel's norm. About what weight decay
+# brings usual recipes of SGD to by itself: sqrt(2 · rate · decay), 0.003 to 0.01.
+STRIDE = 0.004
+WARM_UP = 0.3  # share of the steps in which the rate rises
+SMOOTHING = 0.8  # weight of the past in the mean of how far steps move kernels
 # Where schedules of the learning rate act.
 SCHEDULED = (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED, Events.ITERATION_STARTED, Events.ITERATION_COMPLETED)
 State = dict[str, torch.Tensor]
@@ -90,6 +96,24 @@ def steps_within(samples: float, batch_size: int, batches: int) -> tuple[int, in
     return epochs, steps // epochs
 
 
+def cycle(step: int, steps: int) -> float:
+    """One cycle of the learning rate: half a cosine up in the first 30 % of the steps, half a cosine down to 0.
+
+    Args:
+        step: which step, counted from 0.
+        steps: number of steps, above ``step``.
+
+    Returns:
+        Share of the height, in [0.04, 1] on the way up, and above 0 on the way down.
+
+    Source: Smith and Topin, arXiv:1708.07120; form and start as in ``torch.optim.lr_scheduler.OneCycleLR``.
+    """
+    turn = WARM_UP * steps
+    if step < turn:
+        return 1 - 0.96 * (1 + math.cos(math.pi * step / turn)) / 2
+    return (1 + math.cos(math.pi * (step - turn) / (steps - turn))) / 2
+
+
 def excess(judgement: Judgement) -> float:
     """How far the interval of the AUC is from ½.
 
@@ -107,20 +131,23 @@ class PerturbAndRecover:
 
     1. θ_k += scale · std(θ_k) · ε, ε ~ N(0, 1), for each kernel θ_k; BatchNorm's running statistics are reset.
     2. Training on the retain set alone with the recipe's optimizer and loss, without augmentation, in one cycle of the
-       learning rate (Smith & Topin, arXiv:1708.07120) up to the recipe's own. It lasts as long as ``budget`` allows.
+       learning rate (Smith & Topin, arXiv:1708.07120), as long as ``budget`` allows. The rate is set step by step so
+       that kernels move by ``STRIDE`` of their norm a step at the height of the cycle (the median of all kernels),
+       whatever the recipe's rate and optimizer are: what counts in a network with normalisation layers is how far a
+       step turns its kernels.
     3. A judge compares forget samples with matched unseen ones. If they can still be told apart, or if the run
        diverged, the state before is looked at too and the better of both is kept.
 
     Nothing ever trains on a forget sample, so that none is pushed below what an unseen one scores. The trainer is to be
-    the recipe's own: its optimizer (with its learning rate), its loader and its ``max_epochs`` say what the original
-    training was. Schedules of its own have to be left out.
+    the recipe's own: its optimizer, its loader and its ``max_epochs`` say what the original training was. Of the
+    learning rates only their ratio counts where groups of parameters have their own. Schedules have to be left out.
 
     Runs on ``STARTED``, ``LOSS_COMPLETED``, ``ITERATION_COMPLETED``, ``EPOCH_COMPLETED`` and ``COMPLETED``.
 
     Args:
         forget: the forget set.
-        budget: share of the original training's samples (epochs × training samples) that unlearning may pass through
-            the network, judging included, above 0. At 1 it takes as long as the original training.
+        budget: share of retraining's samples (the recipe's epochs × retain samples) that unlearning may pass through
+            the network, judging included, above 0. At 1 it takes as long as retraining.
         scale: standard deviation of the noise in units of each kernel's own, at least 0.
         judge: who judges states; None: none is judged, and the last one is kept.
         seed: seed of the noise.
@@ -132,8 +159,8 @@ class PerturbAndRecover:
         notes: what was judged and chosen, in sentences.
 
     Raises:
-        ValueError: if an argument is out of its range, the budget does not make one step, or retain samples can't be
-            found.
+        ValueError: if an argument is out of its range, the budget does not make one step, retain samples can't be
+            found, or the recipe's learning rate is 0.
         TypeError: if attached to an engine that is no plain ``SupervisedTrainer``.
         RuntimeError: if a ``CheckpointLoader`` stands after it or a ``CheckpointSaver`` before it, the trainer has a
             schedule of the learning rate, the network has no kernel to train, or the run diverges before its first
@@ -141,7 +168,7 @@ class PerturbAndRecover:
 
     Example::
 
-        trainer = SupervisedTrainer(..., max_epochs=30, train_handlers=[PerturbAndRecover(forget, budget=0.2)])
+        trainer = SupervisedTrainer(..., max_epochs=30, train_handlers=[PerturbAndRecover(forget, budget=0.3)])
     """
 
     cost_phase = "unlearn"
@@ -150,7 +177,7 @@ class PerturbAndRecover:
         self,
         forget: ForgetSet,
         *,
-        budget: float = 0.2,
+        budget: float = 0.3,
         scale: float = 1.0,
         judge: Judge | None = None,
         seed: int = 0,
@@ -158,8 +185,8 @@ class PerturbAndRecover:
     ) -> None:
         if not (math.isfinite(budget) and budget > 0):
             raise ValueError(
-                f"budget should be above 0, but got {budget!r}. It is the share of the original training's samples "
-                "that unlearning may pass through the network, 0.2 for a fifth."
+                f"budget should be above 0, but got {budget!r}. It is the share of retraining's samples that "
+                "unlearning may pass through the network, 0.3 for three tenths."
             )
         if not (math.isfinite(scale) and scale >= 0):
             raise ValueError(f"scale should be a number of at least 0, but got {scale!r}.")
@@ -173,7 +200,11 @@ class PerturbAndRecover:
         self.tuning_cost = Cost()
         self.notes: list[str] = []
         self._recipe_epochs: int | None = None  # while the trainer has another number
-        self._cycle: torch.optim.lr_scheduler.OneCycleLR | None = None
+        self._steps = 0  # of the run; 0 while there is none
+        self._rate = 0.0  # of the step, in units of the recipe's
+        self._reach: float | None = None  # how far a step of the recipe's rate moves a kernel, as a share of its norm
+        self._kernels: list[torch.Tensor] = []
+        self._before: list[torch.Tensor] = []  # the kernels before a step
         self._groups: list[dict[str, Any]] = []
         self._states: list[State] = []
         self._diverged = False
@@ -195,6 +226,8 @@ class PerturbAndRecover:
         self._release(engine)
         self.cost, self.tuning_cost = Cost(), Cost()
         self.notes, self._states, self._diverged = [], [], False
+        if not any(float(group["lr"]) > 0 for group in engine.optimizer.param_groups):
+            raise ValueError("The optimizer's learning rate should be above 0, but is 0. Use the recipe's.")
         epochs, length = self._plan(engine)
         with seconds_of(self.cost, engine.state.device):
             self._perturb(plain_network(engine))
@@ -206,35 +239,33 @@ class PerturbAndRecover:
             {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
             for group in engine.optimizer.param_groups
         ]
-        self._cycle = torch.optim.lr_scheduler.OneCycleLR(
-            engine.optimizer,
-            [float(group["lr"]) for group in engine.optimizer.param_groups],
-            total_steps=epochs * length + 1,  # the last step would be lost on a rate of nearly nothing
-            cycle_momentum=False,
-        )
+        self._kernels = [kernel.detach() for kernel in kernels(plain_network(engine)).values()]
+        self._before = [kernel.clone() for kernel in self._kernels]
+        self._steps, self._reach = epochs * length, None
+        self._set_rate(engine, cycle(0, self._steps))
 
     def _plan(self, engine: SupervisedTrainer) -> tuple[int, int]:
         """Give the run its data and length: epochs and steps in each."""
         recipe_epochs = int(engine.state.max_epochs or 0)
-        recipe = recipe_epochs * len(cast(Any, engine.data_loader).dataset)
         loader = self.loader
         if loader is None:
             loader = self.forget.retain_loader(engine.data_loader, training=True, augmentation=False)
         train_on(engine, loader, "retain")
+        recipe = recipe_epochs * len(cast(Any, loader.dataset))
         # A loader with a batch sampler of its own does not say how large its batches are.
         batch = loader.batch_size or math.ceil(len(cast(Any, loader.dataset)) / len(loader))
         reserved = 0 if self.judge is None else JUDGED * self.judge.samples
         epochs, length = steps_within(self.budget * recipe - reserved, batch, len(loader))
         if length < 1:
             raise ValueError(
-                f"budget should allow at least one step, but {self.budget:g} of the original training's "
-                f"{recipe} samples are {self.budget * recipe:.0f}, of which judging takes {reserved} and a step {batch}"
+                f"budget should allow at least one step, but {self.budget:g} of retraining's {recipe} "
+                f"samples are {self.budget * recipe:.0f}, of which judging takes {reserved} and a step {batch}"
                 f". Use a budget of at least {(reserved + batch) / max(recipe, 1):.2g}."
             )
         self._recipe_epochs = recipe_epochs
         engine.state.max_epochs, engine.state.epoch_length = epochs, length
         logger.info(
-            "Perturb and recover: %d × %d steps on the retain set, within %g %% of the original training",
+            "Perturb and recover: %d × %d steps on the retain set, within %g %% of retraining's samples",
             epochs,
             length,
             100 * self.budget,
@@ -255,11 +286,12 @@ class PerturbAndRecover:
     def _watch(self, engine: SupervisedTrainer) -> None:
         loss = engine.state.output[CommonKeys.LOSS]
         if bool(torch.isfinite(loss).all()):
+            torch._foreach_copy_(self._before, self._kernels)
             return
         if not self._states:
             raise RuntimeError(
-                "The run diverged before its first epoch ended: the loss is not finite. Lower the recipe's learning "
-                "rate, and check the images for NaN. Nothing was written."
+                "The run diverged before its first epoch ended: the loss is not finite. Check the images for NaN, and "
+                "try another seed. Nothing was written."
             )
         self._diverged = True
         # The step that follows is of no consequence: the state is put back when the run ends. But all weights have to
@@ -270,8 +302,25 @@ class PerturbAndRecover:
         engine.terminate()
 
     def _step(self, engine: SupervisedTrainer) -> None:
-        if self._cycle is not None and not self._diverged:
-            self._cycle.step()
+        if not self._steps or self._diverged or engine.state.iteration >= self._steps:
+            return
+        reach = self._moved() / self._rate
+        if math.isfinite(reach) and reach > 0:  # a step that mixed precision leaves out moves nothing
+            self._reach = reach if self._reach is None else SMOOTHING * self._reach + (1 - SMOOTHING) * reach
+        height = cycle(engine.state.iteration, self._steps)
+        self._set_rate(engine, height if self._reach is None else STRIDE * height / self._reach)
+
+    def _moved(self) -> float:
+        """How far the last step moved the kernels, as a share of their norms: the median."""
+        torch._foreach_sub_(self._before, self._kernels)
+        moved, now = (torch.stack(torch._foreach_norm(weights)) for weights in (self._before, self._kernels))
+        return float((moved / now).nanmedian())
+
+    def _set_rate(self, engine: SupervisedTrainer, rate: float) -> None:
+        """Set each group's learning rate to so much of the recipe's."""
+        self._rate = rate
+        for group, settings in zip(engine.optimizer.param_groups, self._groups):
+            group["lr"] = rate * settings["lr"]
 
     def _keep(self, engine: SupervisedTrainer) -> None:
         """Keep the states of the last epochs, of which the last is the network's own for now."""
@@ -282,7 +331,8 @@ class PerturbAndRecover:
             self._states = [*self._states, state][-JUDGED:]
         elif not self._states:
             raise RuntimeError(
-                "The run diverged in its first epoch: weights are not finite. Lower the recipe's learning rate."
+                "The run diverged in its first epoch: weights are not finite. Check the images for NaN, and try "
+                "another seed. Nothing was written."
             )
         else:
             self._diverged = True
@@ -296,7 +346,7 @@ class PerturbAndRecover:
         chosen = self._states[-1]
         whole = engine.state.epoch == epochs and engine.state.iteration == epochs * (engine.state.epoch_length or 0)
         if self._diverged:
-            self._say("The run diverged; the last state before that was kept. Lower the recipe's learning rate.")
+            self._say("The run diverged; the last state before that was kept. Try another seed.")
         elif not whole:
             self._say("The run was ended early; the state of the last whole epoch was kept. Let it run to its end.")
         if self._diverged or not whole:
@@ -304,7 +354,7 @@ class PerturbAndRecover:
         if self.judge is None:
             self._say(
                 "No state was judged, for want of a judge or of unseen images that are comparable to those to forget: "
-                f"the run had a fixed budget of {100 * self.budget:g} % of the original training."
+                f"the run had a fixed budget of {100 * self.budget:g} % of retraining's samples."
             )
         else:
             self.judge.cost = self.tuning_cost
@@ -344,7 +394,8 @@ class PerturbAndRecover:
 
     def _release(self, engine: SupervisedTrainer) -> None:
         """Put the optimizer's settings and the length of the recipe back."""
-        self._cycle = None
+        self._steps = 0
+        self._kernels, self._before = [], []
         for group, settings in zip(engine.optimizer.param_groups, self._groups):
             for key in [key for key in group if key != "params" and key not in settings]:
                 del group[key]
