@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bundle_runs import TRAIN, Workplace, messages
+from bundle_runs import Workplace, messages
 
 pytest_plugins = ["bundle_runs"]
 RECIPE = 4 * 108  # samples that retraining takes
