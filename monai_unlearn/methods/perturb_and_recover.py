@@ -41,6 +41,7 @@ JUDGED = 2
 STRIDE = 0.004
 WARM_UP = 0.3  # share of the steps in which the rate rises
 SMOOTHING = 0.8  # weight of the past in the mean of how far steps move kernels
+SAMPLED = 4096  # entries of a kernel, in whole filters, that are looked at for that
 # Where schedules of the learning rate act.
 SCHEDULED = (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED, Events.ITERATION_STARTED, Events.ITERATION_COMPLETED)
 State = dict[str, torch.Tensor]
@@ -203,8 +204,8 @@ class PerturbAndRecover:
         self._steps = 0  # of the run; 0 while there is none
         self._rate = 0.0  # of the step, in units of the recipe's
         self._reach: float | None = None  # how far a step of the recipe's rate moves a kernel, as a share of its norm
-        self._kernels: list[torch.Tensor] = []
-        self._before: list[torch.Tensor] = []  # the kernels before a step
+        self._kernels: list[torch.Tensor] = []  # filters of each, which change as it does
+        self._before: list[torch.Tensor] = []  # the same before a step
         self._groups: list[dict[str, Any]] = []
         self._states: list[State] = []
         self._diverged = False
@@ -239,7 +240,7 @@ class PerturbAndRecover:
             {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
             for group in engine.optimizer.param_groups
         ]
-        self._kernels = [kernel.detach() for kernel in kernels(plain_network(engine)).values()]
+        self._kernels = [_some_filters(kernel.detach()) for kernel in kernels(plain_network(engine)).values()]
         self._before = [kernel.clone() for kernel in self._kernels]
         self._steps, self._reach = epochs * length, None
         self._set_rate(engine, cycle(0, self._steps))
@@ -403,6 +404,11 @@ class PerturbAndRecover:
         self._groups = []
         if self._recipe_epochs is not None:
             engine.state.max_epochs, self._recipe_epochs = self._recipe_epochs, None
+
+
+def _some_filters(kernel: torch.Tensor) -> torch.Tensor:
+    """Filters of a kernel at equal distances, about ``SAMPLED`` entries, as a view; all of a small one."""
+    return kernel[:: max(1, min(len(kernel), kernel.numel() // SAMPLED))]
 
 
 def _require_no_schedule(engine: Engine) -> None:
