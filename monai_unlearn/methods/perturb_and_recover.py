@@ -40,8 +40,9 @@ JUDGED = 2
 # brings usual recipes of SGD to by itself: sqrt(2 · rate · decay), 0.003 to 0.01.
 STRIDE = 0.004
 WARM_UP = 0.3  # share of the steps in which the rate rises
-SMOOTHING = 0.8  # weight of the past in the mean of how far steps move kernels
-SAMPLED = 4096  # entries of a kernel, in whole filters, that are looked at for that
+# How far steps move kernels changes slowly: after the first steps it is looked at in every fourth, in filters of each
+# kernel that have about so many entries, and the past counts so much in its mean.
+LOOKED_AT, EVERY, SAMPLED, SMOOTHING = 8, 4, 4096, 0.4
 # Where schedules of the learning rate act.
 SCHEDULED = (Events.EPOCH_STARTED, Events.EPOCH_COMPLETED, Events.ITERATION_STARTED, Events.ITERATION_COMPLETED)
 State = dict[str, torch.Tensor]
@@ -287,7 +288,8 @@ class PerturbAndRecover:
     def _watch(self, engine: SupervisedTrainer) -> None:
         loss = engine.state.output[CommonKeys.LOSS]
         if bool(torch.isfinite(loss).all()):
-            torch._foreach_copy_(self._before, self._kernels)
+            if _looked_at(engine):
+                torch._foreach_copy_(self._before, self._kernels)
             return
         if not self._states:
             raise RuntimeError(
@@ -305,9 +307,10 @@ class PerturbAndRecover:
     def _step(self, engine: SupervisedTrainer) -> None:
         if not self._steps or self._diverged or engine.state.iteration >= self._steps:
             return
-        reach = self._moved() / self._rate
-        if math.isfinite(reach) and reach > 0:  # a step that mixed precision leaves out moves nothing
-            self._reach = reach if self._reach is None else SMOOTHING * self._reach + (1 - SMOOTHING) * reach
+        if _looked_at(engine):
+            reach = self._moved() / self._rate
+            if math.isfinite(reach) and reach > 0:  # a step that mixed precision leaves out moves nothing
+                self._reach = reach if self._reach is None else SMOOTHING * self._reach + (1 - SMOOTHING) * reach
         height = cycle(engine.state.iteration, self._steps)
         self._set_rate(engine, height if self._reach is None else STRIDE * height / self._reach)
 
@@ -404,6 +407,11 @@ class PerturbAndRecover:
         self._groups = []
         if self._recipe_epochs is not None:
             engine.state.max_epochs, self._recipe_epochs = self._recipe_epochs, None
+
+
+def _looked_at(engine: Engine) -> bool:
+    """Whether the step is one of those of which it is measured how far they move kernels."""
+    return engine.state.iteration <= LOOKED_AT or engine.state.iteration % EVERY == 0
 
 
 def _some_filters(kernel: torch.Tensor) -> torch.Tensor:

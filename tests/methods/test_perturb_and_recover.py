@@ -105,7 +105,7 @@ def test_float64_training_equals_a_hand_written_loop(make_trainer, make_network,
     network = make_network().double()
     expected = copy.deepcopy(network)
     handler = PerturbAndRecover(forget, budget=0.6, scale=0.7, seed=3)
-    make_trainer([handler], network=network, dataset=double, batch_size=20, shuffle=False, max_epochs=9).run()
+    make_trainer([handler], network=network, dataset=double, batch_size=20, shuffle=False, max_epochs=25).run()
 
     generator = torch.Generator().manual_seed(3)
     images = torch.stack([double.data[i]["image"] for i in RETAIN])
@@ -116,7 +116,7 @@ def test_float64_training_equals_a_hand_written_loop(make_trainer, make_network,
             kernel.copy_(noisy(kernel, 0.7, generator))
     expected[1].reset_running_stats()
     momenta = [torch.zeros_like(parameter) for parameter in expected.parameters()]
-    steps = int(0.6 * 9 * 20 // 20)
+    steps = int(0.6 * 25 * 20 // 20)
     rate, reach = 0.04, None
     for step in range(steps):
         loss = functional.cross_entropy(expected.train()(images), labels)
@@ -127,12 +127,13 @@ def test_float64_training_equals_a_hand_written_loop(make_trainer, make_network,
                 momentum.mul_(0.9).add_(gradient + 0.01 * parameter)
                 parameter.sub_(0.1 * rate * momentum)
             moved = [float((one - other).norm() / one.norm()) for one, other in zip(kernels, before)]
-        reach = min(moved) / rate if reach is None else 0.8 * reach + 0.2 * min(moved) / rate
+        if step + 1 <= 8 or (step + 1) % 4 == 0:
+            reach = min(moved) / rate if reach is None else 0.4 * reach + 0.6 * min(moved) / rate
         up = 0.3 * steps
         part = (step + 1) / up if step + 1 < up else (step + 1 - up) / (steps - up)
         height = 1 - 0.96 * (1 + math.cos(math.pi * part)) / 2 if step + 1 < up else (1 + math.cos(math.pi * part)) / 2
         rate = 0.004 * height / reach
-    assert steps == 5
+    assert steps == 15
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(network.state_dict()[name], value, rtol=1e-11, atol=1e-12)
 
