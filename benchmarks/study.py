@@ -414,25 +414,32 @@ class Data:
         axes.minorticks_off()
         return _save(figure, folder / f"study-size-{self.slug}.svg")
 
+    def frontier(self) -> dict[str, list[tuple[float, float, float]]]:
+        """Cost with tuning (%), gap in noise floors and cost without, of each method and its variants.
+
+        Means over the forget sets with power on which all variants were run, so that these compare with each other.
+        """
+        variants: dict[str, list[str]] = {}
+        for arm in self._methods(self.powered):
+            variants.setdefault(arm.split(",")[0] + (", tuned" if ", tuned" in arm else ""), []).append(arm)
+        lines: dict[str, list[tuple[float, float, float]]] = {}
+        for name, arms in variants.items():
+            cells = [cell for cell in self.powered if cell.arms.keys() >= set(arms) and cell.floor > 0]
+            for arm in arms if cells else ():
+                share, whole = (
+                    100 * float(np.mean([cell.mean(arm, column) for cell in cells]))
+                    for column in ("share", "share_with_tuning")
+                )
+                gap = float(np.mean([cell.mean(arm, "gap") / cell.floor for cell in cells]))
+                lines.setdefault(name, []).append((whole, gap, share))
+        return lines
+
     def plot_cost(self, folder: Path) -> str | None:
-        """Excess gap against cost: mean over the forget sets with power, variants of one method joined."""
-        arms = self._methods(self.powered)
-        if not arms:
+        """Gap against cost, variants of one method joined."""
+        lines = self.frontier()
+        if not lines:
             return None
         figure, axes = _axes("mean gap to retraining in noise floors", "share of retraining's samples, %")
-        lines: dict[str, list[tuple[float, float, float]]] = {}
-        for arm in arms:
-            cells = [cell for cell in self.powered if arm in cell.arms and cell.floor > 0]
-            if not cells:
-                continue
-            gap = float(np.mean([cell.mean(arm, "gap") / cell.floor for cell in cells]))
-            share, whole = (
-                100 * float(np.mean([cell.mean(arm, name) for cell in cells]))
-                for name in ("share", "share_with_tuning")
-            )
-            lines.setdefault(arm.split(",")[0] + (", tuned" if ", tuned" in arm else ""), []).append(
-                (whole, gap, share)
-            )
         for i, (name, points) in enumerate(lines.items()):
             whole, gap, share = np.array(sorted(points)).T
             color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]

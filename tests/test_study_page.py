@@ -155,6 +155,22 @@ def test_runs_of_one_method_are_told_apart_by_what_differs(tmp_path: Path) -> No
     assert sorted(study.load(tmp_path / "study.csv")["arm"]) == names
 
 
+def test_variants_of_a_method_are_compared_where_all_of_them_were_run(tmp_path: Path) -> None:
+    each = [
+        row("auto", 0.1, 0, gap=4.0, share_with_tuning=0.3, share=0.25),
+        row("auto", 0.1, 0, gap=8.0, share_with_tuning=0.1, share=0.1, options='{"budget": 0.1}'),
+        row("auto", 0.3, 0, gap=100.0),
+        row("nothing", 0.1, 0),
+        row("nothing", 0.3, 0),
+    ]
+    pd.DataFrame(each).to_csv(tmp_path / "study.csv", index=False)
+    table = study.load(tmp_path / "study.csv")
+    floor = table["floor"].iloc[0]
+    (name, points), *others = study.Data("drawn", table).frontier().items()
+    assert (name, others) == ("auto", [])
+    assert sorted(points) == [pytest.approx((10, 8 / floor, 10)), pytest.approx((30, 4 / floor, 25))]
+
+
 def test_single_patients_count_once_a_seed() -> None:
     each = [
         row("auto", 0.1, seed, request=i, gap=gap)
