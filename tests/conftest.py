@@ -12,10 +12,18 @@ from monai.engines import SupervisedTrainer
 from monai.transforms import Compose, EnsureTyped
 from torch import nn
 
+from monai_unlearn import auditing
+
 # The networks of the tests are so small that threads only wait for each other, above all where several tests run at
 # once; the first line is for processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _pages_where_asked_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a page takes as long as a small run itself: only tests that are marked ``pages`` have them drawn."""
+    monkeypatch.setattr(auditing, "_pages", request.node.get_closest_marker("pages") is not None)
 
 
 @pytest.fixture(autouse=True)

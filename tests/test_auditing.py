@@ -134,6 +134,7 @@ def _audit(workplace: Workplace, **settings: Any) -> Path:
 # ---- of any checkpoints
 
 
+@pytest.mark.pages
 def test_any_pair_of_checkpoints_is_audited(workplace: Workplace, checkpoints: dict[str, str]) -> None:
     found = _report(workplace.audit(original=checkpoints["original"], unlearned=checkpoints["unlearned"]))
     assert found["method"] == "audit"
@@ -316,6 +317,7 @@ def test_an_odd_number_of_shadow_models_is_refused(workplace: Workplace) -> None
 # ---- several runs, and other people's dashboards
 
 
+@pytest.mark.pages
 def test_runs_of_several_sizes_make_a_curve(workplace: Workplace) -> None:
     small = workplace.unlearn(forget_fraction=0.05, output_dir="runs/small")
     large = workplace.unlearn(forget_fraction=0.3, output_dir="runs/large")

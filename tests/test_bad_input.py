@@ -357,6 +357,7 @@ def test_an_empty_folder_is_taken_as_output(workplace: Workplace) -> None:
     assert not (workplace.folder / "mine.1").exists()
 
 
+@pytest.mark.pages
 def test_files_written_there_during_the_run_are_kept(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     from monai_unlearn import auditing
 

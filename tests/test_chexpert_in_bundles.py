@@ -132,6 +132,7 @@ def test_figures_per_finding_are_scikit_learns_of_the_written_model(hospital: Ho
     assert test["auroc"] == pytest.approx(np.mean([value for value in expected.values() if value is not None]))
 
 
+@pytest.mark.pages
 def test_a_finding_of_one_class_is_left_out_by_name(
     hospital: Hospital, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -153,6 +154,7 @@ def test_a_finding_of_one_class_is_left_out_by_name(
     assert "Edema" in page
 
 
+@pytest.mark.pages
 def test_someone_elses_model_is_compared_on_valid_csv_and_the_report_says_what_that_costs(hospital: Hospital) -> None:
     report = hospital.unlearn(original_checkpoint=str(hospital.original()))
     data = read_chexpert(hospital.dataset_dir, FINDINGS, original_checkpoint="model.pt")

@@ -118,6 +118,7 @@ def test_nothing_of_theirs_changes_and_their_evaluation_loads_the_result(
     assert any(not torch.equal(unlearned[name], value) for name, value in original.items())
 
 
+@pytest.mark.pages
 def test_no_name_of_a_forgotten_image_is_written_or_printed(
     zoo: Zoo, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,12 +21,10 @@ from bundle_runs import Workplace
 from monai.networks.nets import FullyConnectedNet
 from scipy.stats import binom
 
-from monai_unlearn import auditing
 from monai_unlearn.bundle import bundle_path
 from monai_unlearn.data import ImageData, LabeledImages
 
 pytest_plugins = ["bundle_runs"]
-pytestmark = pytest.mark.usefixtures("without_pages")
 
 SEEDS = range(10)
 SIDE, CLASSES, HIDDEN = 8, 3, 500
@@ -132,12 +130,6 @@ def _audited(folder: Path, settings: dict[str, Any], network: FullyConnectedNet,
     settings = {**settings, "unlearned": str(folder / f"{name}.pt"), "output_dir": str(folder / name)}
     monai.bundle.run("audit", config_file=str(bundle_path("audit")), **settings)
     return json.loads((folder / name / "report.json").read_text())["audit"]
-
-
-@pytest.fixture
-def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages have tests of their own, and drawing them takes as long as all figures."""
-    monkeypatch.setattr(auditing, "render_html", lambda _: "")
 
 
 @pytest.mark.parametrize("seed", SEEDS)

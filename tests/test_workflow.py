@@ -140,6 +140,7 @@ def test_a_model_that_was_changed_since_is_not_used(workplace: Workplace) -> Non
 KINDS = ("saliency", "scrub", "synaptic_dampening", "retrain", "auto")
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_by_itself_from_another_directory(
     method: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
@@ -258,6 +259,7 @@ def test_the_split_is_written_as_keyed_hashes(workplace: Workplace) -> None:
     assert json.loads((workplace.unlearn() / "split.json").read_text())["forget"]["hash"] != written["forget"]["hash"]
 
 
+@pytest.mark.pages
 def test_the_run_ends_with_a_table_and_the_paths(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     output = workplace.unlearn()
     printed = capsys.readouterr().out
@@ -431,6 +433,7 @@ def test_a_checkpoint_comes_out_in_the_form_it_came_in(form: str, workplace: Wor
 # Patients
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("method", ["saliency", "retrain"])
 def test_no_patient_id_leaves_the_run(
     method: str, empty_workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -456,6 +459,7 @@ def test_no_patient_id_leaves_the_run(
             assert patient.encode("utf-16-le") not in content, path.name
 
 
+@pytest.mark.pages
 def test_a_request_named_after_a_patient_is_not_named_in_the_results(
     empty_workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
