@@ -121,6 +121,11 @@ def search_space(bundle: Bundle) -> dict[str, BaseDistribution]:
         ValueError: if there is none, or it names what is no setting of the method, or values of another type.
     """
     space = bundle.config.get("search_space")
+    if space is None:
+        raise ValueError(
+            f"The bundle of {bundle.config.get('method')!r} has no search_space. If that is retrain or auto, there is "
+            "nothing to tune: run it without tune.json. If it is your own, add the settings and the values to try."
+        )
     if not isinstance(space, Mapping) or not space:
         raise ValueError(
             f"search_space should name settings and the values to try, but got {space!r}. Every method's bundle that "

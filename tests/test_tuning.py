@@ -259,7 +259,7 @@ def test_selection_data_that_is_too_small_to_choose_by(workplace: Workplace) -> 
     [
         ({"trials": 0}, "trials should be at least 1, but got 0"),
         ({"search_space": {}}, r"search_space should name settings .* but got \{\}"),
-        ({"search_space": None}, "search_space should name settings"),
+        ({"search_space": None}, "has no search_space"),
         ({"search_space": {"lrr": [0.1]}}, "names 'lrr'. Did you mean 'lr'?"),
         ({"search_space": {"forget_fraction": [0.1]}}, "names 'forget_fraction'"),
         ({"search_space": {"batch_size": [8, 16]}}, "names 'batch_size'"),
@@ -297,10 +297,11 @@ def test_a_misspelt_key_of_the_tuner(workplace: Workplace) -> None:
         _bundle(workplace, trails=3)
 
 
-def test_retraining_has_nothing_to_tune(workplace: Workplace) -> None:
-    files = [str(bundle_path("retrain")), str(bundle_path("tune"))]
-    settings = {name: value for name, value in _settings(workplace).items() if name != "search_space"}
-    with pytest.raises(ValueError, match=r"search_space should name settings .* but got None"):
+@pytest.mark.parametrize("method", ["retrain", "auto"])
+def test_a_method_without_settings_has_nothing_to_tune(workplace: Workplace, method: str) -> None:
+    files = [str(bundle_path(method)), str(bundle_path("tune"))]
+    settings = {name: value for name, value in _settings(workplace).items() if name not in ("search_space", "epochs")}
+    with pytest.raises(ValueError, match=rf"bundle of '{method}' has no search_space.*run it without tune\.json"):
         tune(Bundle.from_files(files, **settings))
 
 
