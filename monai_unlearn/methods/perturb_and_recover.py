@@ -21,6 +21,7 @@ from monai_unlearn.cost import Cost, seconds_of
 from monai_unlearn.forget_set import ForgetSet
 from monai_unlearn.methods._trainer import (
     plain_network,
+    require_batches,
     require_before_savers,
     require_loaded_weights,
     require_supervised_trainer,
@@ -132,8 +133,9 @@ class PerturbAndRecover:
     r"""Disturb every kernel by noise as large as its own spread, then repeat the recipe's training in fast motion.
 
     1. θ_k += scale · std(θ_k) · ε, ε ~ N(0, 1), for each kernel θ_k; BatchNorm's running statistics are reset.
-    2. Training on the retain set alone with the recipe's optimizer and loss, without augmentation, in one cycle of the
-       learning rate (Smith & Topin, arXiv:1708.07120), as long as ``budget`` allows. The rate is set step by step so
+    2. Training on the retain set alone with the recipe's optimizer and loss, in one cycle of the learning rate (Smith
+       & Topin, arXiv:1708.07120), as long as ``budget`` allows. The recipe's augmentation is left out as soon as the
+       rate falls: from then on images are learnt one by one, as in all of a retraining. The rate is set step by step so
        that kernels move by ``STRIDE`` of their norm a step at the height of the cycle (the median of all kernels),
        whatever the recipe's rate and optimizer are: what counts in a network with normalisation layers is how far a
        step turns its kernels.
@@ -153,7 +155,8 @@ class PerturbAndRecover:
         scale: standard deviation of the noise in units of each kernel's own, at least 0.
         judge: who judges states; None: none is judged, and the last one is kept.
         seed: seed of the noise.
-        loader: retain samples only, shuffled, without augmentation; by default made from the trainer's own loader.
+        loader: retain samples only, shuffled, from the first step to the last; by default two loaders are made from the
+            trainer's own, with its random transforms and without.
 
     Attributes:
         cost: what the change of the weights cost.
@@ -202,6 +205,8 @@ class PerturbAndRecover:
         self.tuning_cost = Cost()
         self.notes: list[str] = []
         self._recipe_epochs: int | None = None  # while the trainer has another number
+        self._plain: DataLoader | None = None  # retain samples without augmentation
+        self._augmented = 0  # epochs with it, before those without
         self._steps = 0  # of the run; 0 while there is none
         self._rate = 0.0  # of the step, in units of the recipe's
         self._reach: float | None = None  # how far a step of the recipe's rate moves a kernel, as a share of its norm
@@ -252,7 +257,7 @@ class PerturbAndRecover:
         loader = self.loader
         if loader is None:
             loader = self.forget.retain_loader(engine.data_loader, training=True, augmentation=False)
-        train_on(engine, loader, "retain")
+        require_batches(loader, "retain")
         recipe = recipe_epochs * len(cast(Any, loader.dataset))
         # A loader with a batch sampler of its own does not say how large its batches are.
         batch = loader.batch_size or math.ceil(len(cast(Any, loader.dataset)) / len(loader))
@@ -264,6 +269,9 @@ class PerturbAndRecover:
                 f"samples are {self.budget * recipe:.0f}, of which judging takes {reserved} and a step {batch}"
                 f". Use a budget of at least {(reserved + batch) / max(recipe, 1):.2g}."
             )
+        self._plain, self._augmented = loader, 0 if self.loader is not None else round(WARM_UP * epochs)
+        augmented = self.forget.retain_loader(engine.data_loader, training=True) if self._augmented else loader
+        train_on(engine, augmented, "retain")
         self._recipe_epochs = recipe_epochs
         engine.state.max_epochs, engine.state.epoch_length = epochs, length
         logger.info(
@@ -327,9 +335,11 @@ class PerturbAndRecover:
             group["lr"] = rate * settings["lr"]
 
     def _keep(self, engine: SupervisedTrainer) -> None:
-        """Keep the states of the last epochs, of which the last is the network's own for now."""
+        """Keep the states of the last epochs, of which the last is the network's own for now; end augmentation."""
         if self._diverged:
             return
+        if self._plain is not None and engine.state.epoch == self._augmented:
+            engine.set_data(self._plain)
         state = {name: value.detach().clone() for name, value in engine.network.state_dict().items()}
         if _all_finite(state):
             self._states = [*self._states, state][-JUDGED:]
@@ -399,7 +409,7 @@ class PerturbAndRecover:
     def _release(self, engine: SupervisedTrainer) -> None:
         """Put the optimizer's settings and the length of the recipe back."""
         self._steps = 0
-        self._kernels, self._before = [], []
+        self._plain, self._kernels, self._before = None, [], []
         for group, settings in zip(engine.optimizer.param_groups, self._groups):
             for key in [key for key in group if key != "params" and key not in settings]:
                 del group[key]

@@ -175,18 +175,37 @@ def test_the_recipes_rate_cancels_out(make_trainer, make_network, forget, snapsh
         torch.testing.assert_close(one, other, rtol=0.01, atol=1e-3)
 
 
-def test_only_retain_samples_are_met_and_without_augmentation(make_trainer, forget, records, on) -> None:
-    met, images = [], {}
+@pytest.mark.parametrize(("epochs", "augmented"), [(1, 0), (2, 1), (10, 3)])
+def test_only_retain_samples_are_met_and_augmented_while_the_rate_rises(
+    make_trainer, forget, records, on, epochs, augmented
+) -> None:
+    met, changed = [], []
 
     def keep(engine):
-        met.extend(engine.state.batch["index"].tolist())
-        images.update(zip(engine.state.batch["index"].tolist(), engine.state.batch["image"]))
+        batch = engine.state.batch
+        met.append(batch["index"].tolist())
+        same = [torch.equal(records[i]["image"], image) for i, image in zip(met[-1], batch["image"])]
+        assert len(set(same)) == 1
+        changed.append((engine.state.epoch, not same[0]))
 
     scaled = Compose([EnsureTyped("image"), RandScaleIntensityd("image", factors=(1, 2), prob=1.0)])
     dataset = Dataset(records, transform=scaled)
-    make_trainer([PerturbAndRecover(forget, budget=1.0), on(Events.ITERATION_COMPLETED, keep)], dataset=dataset).run()
-    assert set(met) == set(RETAIN)
-    assert all(torch.equal(images[i], records[i]["image"]) for i in RETAIN)
+    handlers = [PerturbAndRecover(forget, budget=1.0), on(Events.ITERATION_COMPLETED, keep)]
+    trainer = make_trainer(handlers, dataset=dataset, batch_size=5, max_epochs=epochs)
+    trainer.run()
+    assert trainer.state.epoch == epochs
+    assert {epoch for epoch, other in changed if other} == set(range(1, augmented + 1))
+    for epoch in range(epochs):  # each of them once an epoch
+        assert sorted(i for batch in met[4 * epoch : 4 * epoch + 4] for i in batch) == RETAIN
+
+
+def test_a_given_loader_is_used_from_the_first_step_to_the_last(make_trainer, forget, records, on) -> None:
+    loaders = []
+    loader = DataLoader(Dataset([records[i] for i in RETAIN]), batch_size=5)
+    keep = on(Events.ITERATION_COMPLETED, lambda engine: loaders.append(engine.state.dataloader))
+    make_trainer([PerturbAndRecover(forget, budget=1.0, loader=loader), keep], max_epochs=10).run()
+    assert len(loaders) == 40
+    assert all(one is loader for one in loaders)
 
 
 @pytest.mark.parametrize(("budget", "samples"), [(0.3, 5), (0.5, 5), (1.0, 20), (1.5, 0)])
