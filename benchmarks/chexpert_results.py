@@ -3,7 +3,7 @@
     python benchmarks/chexpert_results.py --seeds 0 1 2 --csv docs/results/chexpert_layout.csv
 
 The images are real chest X-rays with planted findings and a planted "sex" (tests/chexpert_layout.py): the figures say
-how the methods treat such an attribute, and nothing about men and women. Prints the tables of docs/results.md.
+how the methods treat such an attribute, and nothing about men and women. Prints the tables of docs/results_first.md.
 Runs whose report is in ``--work_dir`` already are not repeated: seeds can run side by side, and then be put together.
 """
 
@@ -77,7 +77,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "data").exists():
         write_chexpert(work / "data", 1300, images="mednist", size=64, n_valid=300)
-    # The network of the other tables of docs/results.md, in the place of the part's DenseNet121.
+    # The network of the other tables of docs/results_first.md, in the place of the part's DenseNet121.
     network = json.loads(bundle_path("saliency").read_text(encoding="utf-8"))["network_def"]
     (work / "network.json").write_text(json.dumps({"network_def": network}), encoding="utf-8")
 

@@ -2,8 +2,8 @@
 
     python benchmarks/results.py --dataset_file pneumoniamnist.npz --seeds 0 1 2
 
-Runs the bundles as a user would, one process each, and prints the Markdown table of docs/results.md; a row for each
-run goes into ``--csv``. Without ``--dataset_file`` it runs on the embedded data.
+Runs the bundles as a user would, one process each, and prints the Markdown table of docs/results_first.md; a row for
+each run goes into ``--csv``. Without ``--dataset_file`` it runs on the embedded data.
 """
 
 from __future__ import annotations
