@@ -149,7 +149,7 @@ def test_the_search_finds_a_name_wherever_it_may_be(kind: str, tmp_path: Path) -
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int, bytes]]:
     """The site's folder, exit status and print-out of a training, an unlearning, and two that fail."""
-    folder = tmp_path_factory.mktemp("site")
+    folder = tmp_path_factory.mktemp("runs") / "site"  # a process may make this fixture twice
     _prepare(folder)
     done = {"train": (folder, *_end(_run(folder, "train", "train")))}
     unknown, broken = (folder.with_name(name) for name in ("unknown", "broken"))
