@@ -212,7 +212,7 @@ class PerturbAndRecover:
         self._reach: float | None = None  # how far a step of the recipe's rate moves a kernel, as a share of its norm
         self._kernels: list[torch.Tensor] = []  # filters of each, which change as it does
         self._before: list[torch.Tensor] = []  # the same before a step
-        self._groups: list[dict[str, Any]] = []
+        self._rates: list[Any] = []  # the recipe's, of each group of parameters
         self._states: list[State] = []
         self._diverged = False
 
@@ -242,10 +242,7 @@ class PerturbAndRecover:
         engine.state.epoch = engine.state.iteration = 0
         # Its moments know the forget set where the trainer is the one that trained the original.
         engine.optimizer.state.clear()
-        self._groups = [
-            {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
-            for group in engine.optimizer.param_groups
-        ]
+        self._rates = [group["lr"] for group in engine.optimizer.param_groups]
         self._kernels = [_some_filters(kernel.detach()) for kernel in kernels(plain_network(engine)).values()]
         self._before = [kernel.clone() for kernel in self._kernels]
         self._steps, self._reach = epochs * length, None
@@ -331,8 +328,8 @@ class PerturbAndRecover:
     def _set_rate(self, engine: SupervisedTrainer, rate: float) -> None:
         """Set each group's learning rate to so much of the recipe's."""
         self._rate = rate
-        for group, settings in zip(engine.optimizer.param_groups, self._groups):
-            group["lr"] = rate * settings["lr"]
+        for group, own in zip(engine.optimizer.param_groups, self._rates):
+            group["lr"] = rate * own
 
     def _keep(self, engine: SupervisedTrainer) -> None:
         """Keep the states of the last epochs, of which the last is the network's own for now; end augmentation."""
@@ -407,14 +404,12 @@ class PerturbAndRecover:
         logger.info("%s", sentence)
 
     def _release(self, engine: SupervisedTrainer) -> None:
-        """Put the optimizer's settings and the length of the recipe back."""
+        """Put the rates and the length of the recipe back."""
         self._steps = 0
         self._plain, self._kernels, self._before = None, [], []
-        for group, settings in zip(engine.optimizer.param_groups, self._groups):
-            for key in [key for key in group if key != "params" and key not in settings]:
-                del group[key]
-            group.update(settings)
-        self._groups = []
+        for group, own in zip(engine.optimizer.param_groups, self._rates):
+            group["lr"] = own
+        self._rates = []
         if self._recipe_epochs is not None:
             engine.state.max_epochs, self._recipe_epochs = self._recipe_epochs, None
 
