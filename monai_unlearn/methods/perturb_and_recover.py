@@ -31,7 +31,7 @@ from monai_unlearn.methods._trainer import (
 from monai_unlearn.methods._weights import kernels
 from monai_unlearn.methods.weight_noise import disturb
 
-__all__ = ["PerturbAndRecover", "cycle", "excess", "steps_within"]
+__all__ = ["PerturbAndRecover", "augmented_epochs", "cycle", "excess", "steps_within"]
 
 logger = logging.getLogger("monai_unlearn")
 
@@ -41,6 +41,8 @@ JUDGED = 2
 # brings usual recipes of SGD to by itself: sqrt(2 · rate · decay), 0.003 to 0.01.
 STRIDE = 0.004
 WARM_UP = 0.3  # share of the steps in which the rate rises
+# Epochs without augmentation that it takes to learn single images again: a short run has no time for others.
+PLAIN_EPOCHS = 6
 # How far steps move kernels changes slowly: after the first steps it is looked at in every fourth, in filters of each
 # kernel that have about so many entries, and the past counts so much in its mean.
 LOOKED_AT, EVERY, SAMPLED, SMOOTHING = 8, 4, 4096, 0.4
@@ -117,6 +119,15 @@ def cycle(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * (step - turn) / (steps - turn))) / 2
 
 
+def augmented_epochs(epochs: int) -> int:
+    """In how many epochs of a run the images are augmented: those in which the rate rises, but none of the last six.
+
+    Args:
+        epochs: number of epochs, at least 1.
+    """
+    return max(0, min(round(WARM_UP * epochs), epochs - PLAIN_EPOCHS))
+
+
 def excess(judgement: Judgement) -> float:
     """How far the interval of the AUC is from ½.
 
@@ -135,7 +146,8 @@ class PerturbAndRecover:
     1. θ_k += scale · std(θ_k) · ε, ε ~ N(0, 1), for each kernel θ_k; BatchNorm's running statistics are reset.
     2. Training on the retain set alone with the recipe's optimizer and loss, in one cycle of the learning rate (Smith
        & Topin, arXiv:1708.07120), as long as ``budget`` allows. The recipe's augmentation is left out as soon as the
-       rate falls: from then on images are learnt one by one, as in all of a retraining. The rate is set step by step so
+       rate falls, and in the last six epochs at any rate: from then on images are learnt one by one, as in all of a
+       retraining. The rate is set step by step so
        that kernels move by ``STRIDE`` of their norm a step at the height of the cycle (the median of all kernels),
        whatever the recipe's rate and optimizer are: what counts in a network with normalisation layers is how far a
        step turns its kernels.
@@ -266,7 +278,8 @@ class PerturbAndRecover:
                 f"samples are {self.budget * recipe:.0f}, of which judging takes {reserved} and a step {batch}"
                 f". Use a budget of at least {(reserved + batch) / max(recipe, 1):.2g}."
             )
-        self._plain, self._augmented = loader, 0 if self.loader is not None else round(WARM_UP * epochs)
+        self._plain = loader
+        self._augmented = 0 if self.loader is not None else augmented_epochs(epochs)
         augmented = self.forget.retain_loader(engine.data_loader, training=True) if self._augmented else loader
         train_on(engine, augmented, "retain")
         self._recipe_epochs = recipe_epochs

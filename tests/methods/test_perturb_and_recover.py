@@ -175,7 +175,7 @@ def test_the_recipes_rate_cancels_out(make_trainer, make_network, forget, snapsh
         torch.testing.assert_close(one, other, rtol=0.01, atol=1e-3)
 
 
-@pytest.mark.parametrize(("epochs", "augmented"), [(1, 0), (2, 1), (10, 3)])
+@pytest.mark.parametrize(("epochs", "augmented"), [(1, 0), (6, 0), (7, 1), (10, 3)])
 def test_only_retain_samples_are_met_and_augmented_while_the_rate_rises(
     make_trainer, forget, records, on, epochs, augmented
 ) -> None:
