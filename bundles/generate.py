@@ -600,6 +600,24 @@ CONFIGS["nifti"] = files_part(
     [affine(0.17, "$0.05 * @image_size[0]", 0.05, spatial_dims=3)],
     {**network_part("resnet18"), "spatial_dims": 3},
 )
+CONFIGS["images"] = files_part(
+    {
+        "dataset_dir": None,
+        "labels_file": None,
+        "class_names": None,
+        "image_size": 224,
+        "batch_size": 32,
+    },
+    {
+        "_target_": "monai_unlearn.data.read_table",
+        "dataset_dir": "@dataset_dir",
+        "labels_file": "@labels_file",
+        "class_names": "@class_names",
+    },
+    CONFIGS["chexpert"]["preprocessing"][:-1],
+    [affine(0.26, "$0.05 * @image_size", 0.05)],
+    network_part("DenseNet121"),
+)
 CONFIGS["resnet18"] = {"network_def": network_part("resnet18")}
 CONFIGS["resnet50"] = {"network_def": network_part("resnet50")}
 CONFIGS["multi_label"] = MULTI_LABEL

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+APP = "label_app"
 HELP = {
     "method": "random_labeling, saliency or retrain",
     "forget_request": "JSON or CSV file that says who is to be forgotten (docs/requests.md)",
@@ -37,10 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     path = commands.add_parser(
         "path",
-        help="print where a bundle config lies",
-        description="Print the path of a bundle config, for `python -m monai.bundle run unlearn --config_file PATH`.",
+        help="print where a bundle config or the MONAI Label app lies",
+        description="Print the path of a bundle config, for `python -m monai.bundle run unlearn --config_file PATH`, "
+        "or of the MONAI Label app, for `python -m monailabel.main start_server --app PATH`.",
     )
-    path.add_argument("name", help="train, retrain, random_labeling, saliency, overlay, …")
+    path.add_argument("name", help="train, retrain, auto, saliency, overlay, …; label_app")
     bundle = commands.add_parser(
         "bundle",
         help="carry out a deletion request in a training bundle of your own",
@@ -68,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.command == "path":
             from monai_unlearn.bundle import bundle_path  # only now: --help should not wait for PyTorch
 
-            print(bundle_path(chosen.name))
+            app = Path(__file__).resolve().parent / APP
+            print(app if chosen.name == APP else bundle_path(chosen.name))
         elif chosen.command == "finalise":
             from monai_unlearn.finalise import finalise as remove
             from monai_unlearn.report import render_html, validate_report

@@ -40,7 +40,18 @@ METHODS = (
 )
 WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "auto")  # no setting for them
 CONFIGS = ("train", "audit", *METHODS)
-PARTS = ("chexpert", "dicom", "nifti", "multi_label", "resnet18", "resnet50", "tune", "overlay", "study")  # not alone
+PARTS = (
+    "chexpert",
+    "dicom",
+    "images",
+    "nifti",
+    "multi_label",
+    "resnet18",
+    "resnet50",
+    "tune",
+    "overlay",
+    "study",
+)  # not alone
 TRAIN, VALIDATION, TEST = 120, 40, 30
 # A network of a few hundred weights, trained for a moment: the tests are about the run, not about the model.
 TINY = {

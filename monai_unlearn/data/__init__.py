@@ -13,7 +13,7 @@ from monai_unlearn.data.request import DeletionRequest, Resolution, Selector, re
 from monai_unlearn.data.rules import ID_COLUMNS
 from monai_unlearn.data.splits import Split, make_split, people
 from monai_unlearn.data.synthetic import synthetic_cells
-from monai_unlearn.data.table import read_table
+from monai_unlearn.data.table import read_labels, read_table
 
 __all__ = [
     "ID_COLUMNS",
@@ -42,6 +42,7 @@ __all__ = [
     "people",
     "read_chexpert",
     "read_dicom",
+    "read_labels",
     "read_medmnist",
     "read_request",
     "read_table",

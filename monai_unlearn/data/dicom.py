@@ -21,7 +21,7 @@ from pydicom.filereader import read_partial
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGExtended12Bit
 from tqdm import tqdm
 
-from monai_unlearn.data.dicom_pixels import require_pydicom_3
+from monai_unlearn.data.dicom_pixels import PYDICOM
 from monai_unlearn.data.image_data import ImageData
 from monai_unlearn.data.table import (
     check_on_broken,
@@ -31,6 +31,12 @@ from monai_unlearn.data.table import (
     read_labels,
     report_broken,
 )
+
+try:
+    from pydicom.pixels import get_decoder
+    from pydicom.pixels.utils import get_expected_length
+except ImportError:  # pydicom 2.4, which MONAI Label needs
+    from pydicom.pixel_data_handlers.util import get_expected_length  # type: ignore[no-redef]
 
 __all__ = ["dicom_index", "read_dicom"]
 
@@ -74,6 +80,7 @@ MULTI_FRAME = "multi-frame"
 NO_DECODER = "compressed in a way for which no decoder is installed"
 CUT_SHORT = "with fewer pixels than the header says"
 PALETTE = "in palette colours"
+COLOUR = "in colour, for which pydicom 3.0 or later is needed"
 SHARED_FOLDER = "series that are not alone in one folder"
 BROKEN_SLICE = "series with a file that can't be used"
 UNEQUAL_SLICES = "series with slices of several sizes, or in colour"
@@ -103,7 +110,6 @@ def dicom_index(dataset_dir: str | os.PathLike, level: str = "image", on_broken:
     Raises:
         FileNotFoundError: if the folder does not exist.
         ValueError: if it holds no image that can be used, or broken ones. Neither files nor patients are named.
-        ImportError: if pydicom is older than 3.0.
     """
     return _index(dataset_dir, level, on_broken)[0]
 
@@ -131,7 +137,6 @@ def read_dicom(
     Raises:
         FileNotFoundError: if folder or table does not exist.
         ValueError: as ``dicom_index`` and ``read_table``.
-        ImportError: if pydicom is older than 3.0.
     """
     table = read_labels(labels_file)  # before the headers, which take longer
     index, notes = _index(dataset_dir, level, on_broken)
@@ -142,7 +147,6 @@ def read_dicom(
 
 def _index(dataset_dir: str | os.PathLike, level: str, on_broken: str) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """The index, and what a report has to say of it."""
-    require_pydicom_3()
     check_on_broken(on_broken)
     if level not in ("image", "series"):
         raise ValueError(f"level should be image or series, but got {level!r}.")
@@ -208,8 +212,6 @@ def _read_header(path: Path) -> dict[str, Any] | str:
 
 
 def _header(file: BinaryIO) -> dict[str, Any] | str:
-    from pydicom.pixels.utils import get_expected_length
-
     length: int | None = None
 
     def at_pixels(tag: int, _vr: str | None, size: int) -> bool:
@@ -231,6 +233,8 @@ def _header(file: BinaryIO) -> dict[str, Any] | str:
         return MULTI_FRAME
     if row["photometric"] == "PALETTE COLOR":
         return PALETTE
+    if PYDICOM < 3 and int(data.get("SamplesPerPixel") or 1) > 1:
+        return COLOUR
     syntax = data.file_meta.TransferSyntaxUID
     if not _decodable(syntax, data.BitsStored):
         return NO_DECODER
@@ -257,8 +261,9 @@ def _years(age: Any) -> float:
 
 def _decodable(syntax: pydicom.uid.UID, bits: int) -> bool:
     """Whether something is installed that decodes images in a transfer syntax."""
-    from pydicom.pixels import get_decoder
-
+    if PYDICOM < 3:
+        handlers = [one for one in pydicom.config.pixel_data_handlers if one.is_available()]
+        return any(one.supports_transfer_syntax(syntax) for one in handlers)
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:

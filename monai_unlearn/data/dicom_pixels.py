@@ -10,7 +10,12 @@ import numpy as np
 import pydicom
 from monai.data import ImageReader, PydicomReader
 
-__all__ = ["DicomViewReader", "as_displayed", "require_pydicom_3"]
+try:
+    from pydicom.pixels import apply_voi, apply_windowing
+except ImportError:  # pydicom 2.4, which MONAI Label needs
+    from pydicom.pixel_data_handlers.util import apply_voi, apply_windowing  # type: ignore[no-redef]
+
+__all__ = ["PYDICOM", "DicomViewReader", "as_displayed"]
 
 # No more of the header is read: neither ids nor names get near the images.
 TAGS = (
@@ -44,10 +49,7 @@ TAGS = (
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601
 
 
-def require_pydicom_3() -> None:
-    """Refuse older versions, which decode colour and compression in other ways."""
-    if int(pydicom.__version__.split(".")[0]) < 3:
-        raise ImportError(f"DICOM images need pydicom 3.0 or later, but this is {pydicom.__version__}.")
+PYDICOM = int(pydicom.__version__.split(".")[0])
 
 
 def as_displayed(pixels: np.ndarray, header: pydicom.Dataset, window: Sequence[float] | None = None) -> np.ndarray:
@@ -64,10 +66,13 @@ def as_displayed(pixels: np.ndarray, header: pydicom.Dataset, window: Sequence[f
 
     Returns:
         float32 of the same shape (without channels), in [0, 1].
-    """
-    from pydicom.pixels import apply_voi, apply_windowing
 
+    Raises:
+        ImportError: of colour, if pydicom is older than 3.0.
+    """
     if header.get("SamplesPerPixel", 1) == 3:
+        if PYDICOM < 3:  # gives the colours of compressed files as they are stored, which may be YBR
+            raise ImportError(f"Colour images need pydicom 3.0 or later, but this is {pydicom.__version__}.")
         return np.clip(pixels.astype(np.float32) @ LUMA / (2**header.BitsStored - 1), 0, 1)
     if window is None and header.get("VOILUTSequence"):
         white = 2 ** header.VOILUTSequence[0].LUTDescriptor[2] - 1
@@ -115,7 +120,6 @@ class DicomViewReader(ImageReader):
 
     Raises:
         ValueError: if the window is none.
-        ImportError: if pydicom is older than 3.0.
 
     Example:
         >>> from monai.transforms import LoadImaged
@@ -123,7 +127,6 @@ class DicomViewReader(ImageReader):
     """
 
     def __init__(self, window: Sequence[float] | None = None, swap_ij: bool = True) -> None:
-        require_pydicom_3()
         if window is not None and (len(window) != 2 or not np.isfinite(window).all() or window[1] < 1):
             raise ValueError(f"window should be centre and width, the width at least 1, but got {window!r}.")
         self.window = None if window is None else (float(window[0]), float(window[1]))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jsonschema import Draft202012Validator
+import jsonschema
 from jsonschema.exceptions import ValidationError
 
 __all__ = ["DIFFICULTY", "IDS", "KINDS", "key_beside", "read_csv", "read_json"]
@@ -22,6 +22,8 @@ __all__ = ["DIFFICULTY", "IDS", "KINDS", "key_beside", "read_csv", "read_json"]
 IDS = ("patient", "study", "series")
 DIFFICULTY = ("easiest", "hardest")
 KINDS = (*IDS, "file", "index", "rule", "fraction", *DIFFICULTY)
+# MONAI Label needs jsonschema 3; the schema has nothing that the two drafts take for different things.
+Validator: Any = getattr(jsonschema, "Draft202012Validator", jsonschema.Draft7Validator)
 
 
 def read_json(text: str) -> dict[str, Any]:
@@ -47,7 +49,8 @@ def read_json(text: str) -> dict[str, Any]:
     if repeated:
         raise ValueError(f"Each key of the request should stand once, but {len(repeated)} repeat. Remove them.")
     schema = json.loads(Path(__file__).with_name("request.schema.json").read_text(encoding="utf-8"))
-    errors = list(Draft202012Validator(schema).iter_errors(document))
+    del schema["$id"]  # jsonschema 3 would look for its parts there
+    errors = list(Validator(schema).iter_errors(document))
     if errors:
         # An unknown key is the cause of what else is wrong at its place.
         raise ValueError(_schema_message(min(errors, key=lambda error: error.validator != "additionalProperties")))

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jsonschema import Draft202012Validator
+import jsonschema
 
 from monai_unlearn.report.results import SCHEMA_VERSION
 
@@ -26,6 +26,8 @@ ADDED: dict[str, Any] = {
     "finalised": None,
     "notes": [],
 }
+# MONAI Label needs jsonschema 3; the schema has nothing that the two drafts take for different things.
+Validator: Any = getattr(jsonschema, "Draft202012Validator", jsonschema.Draft7Validator)
 ADDED_TO_COST = ("evaluation", "caching", "ratio")
 
 
@@ -88,6 +90,7 @@ def read_report(path: str | os.PathLike) -> dict[str, Any]:
 
 
 @cache
-def _validator() -> Draft202012Validator:
-    text = Path(__file__).with_name("report.schema.json").read_text(encoding="utf-8")
-    return Draft202012Validator(json.loads(text))
+def _validator() -> Any:
+    schema = json.loads(Path(__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
+    del schema["$id"]  # jsonschema 3 would look for its parts there
+    return Validator(schema)

@@ -1,0 +1,237 @@
+"""Routes of the server: a request comes in, its state and report go out; they stand before MONAI Label's own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query
+from fastapi import Path as InPath
+from fastapi.responses import FileResponse, HTMLResponse
+from monailabel.config import settings
+from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.utils.async_tasks.task import AsyncTask
+from pydantic import BaseModel, ConfigDict, Field
+
+from monai_unlearn.data import DeletionRequest, read_request
+from monai_unlearn.label.images import UnknownImagesError
+from monai_unlearn.label.queue import QueuedRequest, UnknownRequestError
+from monai_unlearn.label.unlearning import AlreadyWithdrawnError, BusyError, Unlearning, read_options
+from monai_unlearn.label.versions import NoModelError
+
+__all__ = ["mount", "start"]
+
+logger = logging.getLogger("monai_unlearn")
+
+PAGE = Path(__file__).with_name("page.html")
+TASK = "unlearn"
+ADMIN, USER = settings.MONAI_LABEL_AUTH_ROLE_ADMIN, settings.MONAI_LABEL_AUTH_ROLE_USER
+Id = Annotated[str, InPath(pattern=r"^r[0-9a-f]{12}$", description="id of a deletion request")]
+MOST_IDS = 100_000
+
+
+class Message(BaseModel):
+    """What went wrong, and what to do."""
+
+    detail: Any
+
+
+class Order(BaseModel):
+    """Whom to forget, and how; without anybody, the requests that wait are carried out."""
+
+    model_config = ConfigDict(extra="allow")
+
+    images: list[str] | str = Field(default=[], description="ids of images, in a list or separated by commas")
+    patients: list[str] | str = Field(default=[], description="ids of patients, in a list or separated by commas")
+    request: dict[str, Any] | str | None = Field(
+        default=None, description="a deletion request as in docs/requests.md, or the id of one in the queue"
+    )
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    401: {"model": Message, "description": "not signed in"},
+    403: {"model": Message, "description": "the role is missing"},
+    404: {"model": Message, "description": "there is no such image, patient or request"},
+    409: {"model": Message, "description": "not in this state"},
+    422: {"model": Message, "description": "malformed"},
+    500: {"model": Message, "description": "queue or versions are damaged"},
+    507: {"model": Message, "description": "no space left"},
+}
+
+
+@contextmanager
+def _answers() -> Iterator[None]:
+    """Errors as statuses and messages."""
+    try:
+        yield
+    except (UnknownImagesError, UnknownRequestError) as error:
+        raise HTTPException(404, error.args[0]) from None
+    except (AlreadyWithdrawnError, BusyError, NoModelError) as error:
+        raise HTTPException(409, str(error)) from None
+    except ValueError as error:
+        raise HTTPException(500 if "damaged" in str(error) else 422, str(error)) from None
+    except OSError as error:
+        raise HTTPException(
+            507, f"The server could not write ({error.strerror}). Nothing was lost: try again."
+        ) from None
+
+
+def start(unlearning: Unlearning, options: dict[str, Any]) -> dict[str, Any]:
+    """Start the background task that carries out what waits; behind another one that is at work.
+
+    Nothing but the options goes along: the task's command line and log show what it is given.
+    """
+    task, message = AsyncTask.run("train", request={"model": TASK}, params=dict(options), enqueue=True)
+    if task is None:
+        raise HTTPException(429, message)
+    return {name: value for name, value in task.items() if name != "request"}
+
+
+def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
+    """Put the routes before MONAI Label's own.
+
+    Args:
+        server: MONAI Label's server.
+        unlearning: the app's.
+        datastore: the app's datastore.
+    """
+    router = APIRouter(tags=["Unlearning"], responses=ERRORS)
+    admin, user = Depends(RBAC(ADMIN)), Depends(RBAC(USER))
+
+    def take(source: str, order: Order, options: dict[str, Any]) -> QueuedRequest:
+        images, patients = _ids("images", order.images), _ids("patients", order.patients)
+        stored = _stored(order.request) if isinstance(order.request, dict) else None
+        return unlearning.receive(datastore, source, images, patients, stored, options)
+
+    @router.post(f"/train/{TASK}", summary="Forget images or patients")
+    def forget(order: Order | None = None, user: User = admin) -> dict[str, Any]:
+        order = order or Order()
+        options = dict(order.model_extra or {})
+        with _answers():
+            chosen = read_options(options, unlearning.site.methods)
+            anybody = bool(order.images or order.patients or isinstance(order.request, dict))
+            if chosen.dry_run:
+                if not anybody:
+                    raise ValueError("A dry run should name images or patients.")
+                stored = _stored(order.request) if isinstance(order.request, dict) else None
+                images, patients = _ids("images", order.images), _ids("patients", order.patients)
+                found = unlearning.find(datastore, images, patients, stored)
+                return {"dry_run": True, "n_images": len(found), "n_patients": int(found["patient"].nunique())}
+            unlearning.versions.served()
+            if isinstance(order.request, str) and order.request:
+                queued = unlearning.queue.get(order.request)
+                if queued.state == "failed":
+                    queued = unlearning.retry(queued.id)
+                if queued.state != "resolved":
+                    raise BusyError(f"Request {queued.id} is {queued.state} already.")
+            elif anybody:
+                queued = take("train", order, options)
+            else:
+                waiting = [one for one in unlearning.queue.requests() if one.state == "resolved"]
+                if not waiting:
+                    raise UnknownImagesError("No deletion request waits. Name images or patients.")
+                queued = waiting[0]
+            return {**start(unlearning, options), "unlearning": queued.public()}
+
+    @router.delete("/train/", summary="Stop the run at work")
+    def stop(user: User = admin) -> Any:
+        task = AsyncTask.stop("train")
+        with _answers():
+            unlearning.stopped("Stopped. The model before is still served; try again with POST /unlearn/{id}/retry.")
+        return None if task is None else {name: value for name, value in task.items() if name != "request"}
+
+    @router.delete("/datastore/", include_in_schema=False)
+    @router.delete("/datastore/image", summary="Withdraw a patient's images, to be forgotten by the next run")
+    def remove_image(id: Annotated[str, Query(min_length=1)], user: User = admin) -> dict[str, Any]:
+        with _answers():
+            return {"unlearning": take("datastore", Order(images=[id]), {}).public()}
+
+    @router.get("/unlearn/", summary="The queue and the versions of the model")
+    def queue(user: User = user) -> dict[str, Any]:
+        with _answers():
+            if unlearning.site.finalise_after is not None and not unlearning.running():
+                unlearning.finalise(unlearning.site.finalise_after)
+            current = unlearning.versions.current()
+            return {
+                "model": unlearning.site.model,
+                "served": None if current is None else current.public(),
+                "earlier": [version.public() for version in unlearning.versions.earlier()],
+                "running": unlearning.running(),
+                "requests": [_shown(unlearning, one) for one in unlearning.queue.requests()],
+            }
+
+    @router.get("/unlearn/page", summary="The page", response_class=HTMLResponse)
+    def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+    @router.get("/unlearn/{id}", summary="One request")
+    def request(id: Id, user: User = user) -> dict[str, Any]:
+        with _answers():
+            return _shown(unlearning, unlearning.queue.get(id))
+
+    @router.get("/unlearn/{id}/report.{kind}", summary="Its report", response_class=FileResponse)
+    def report(id: Id, kind: Literal["json", "html"], user: User = user) -> FileResponse:
+        with _answers():
+            path = unlearning.report_folder(id) / f"report.{kind}"
+            if not path.is_file():
+                raise UnknownRequestError("There is no report yet: a request has one as soon as it is audited.")
+        return FileResponse(path, media_type="application/json" if kind == "json" else "text/html")
+
+    @router.post("/unlearn/{id}/retry", summary="Try a request that failed again")
+    def retry(id: Id, user: User = admin) -> dict[str, Any]:
+        with _answers():
+            unlearning.versions.served()
+            queued = unlearning.retry(id)
+            return {**start(unlearning, queued.options), "unlearning": queued.public()}
+
+    @router.delete("/unlearn/{id}", summary="Take a request back: its images return")
+    def cancel(id: Id, user: User = admin) -> dict[str, Any]:
+        with _answers():
+            return {"returned": len(unlearning.cancel(id, datastore).images)}
+
+    @router.post("/unlearn/rollback", summary="Serve the version before again")
+    def rollback(user: User = admin) -> dict[str, Any]:
+        with _answers():
+            version, undone = unlearning.rollback()
+            return {"served": version.public(), "undone": undone}
+
+    @router.post("/unlearn/finalise", summary="Remove earlier versions; there is no way back")
+    def finalise(user: User = admin) -> dict[str, int]:
+        with _answers():
+            return {"removed": unlearning.finalise()}
+
+    before = len(server.router.routes)
+    server.include_router(router, prefix=settings.MONAI_LABEL_API_STR)
+    routes = server.router.routes
+    routes[:] = [*routes[before:], *routes[:before]]
+    server.openapi_schema = None  # of before
+
+
+def _ids(name: str, given: list[str] | str) -> list[str]:
+    ids = [part.strip() for part in given.split(",")] if isinstance(given, str) else given
+    if len(ids) > MOST_IDS:
+        raise ValueError(f"{name} should be at most {MOST_IDS} ids, but got {len(ids)}.")
+    return [id for id in ids if id]
+
+
+def _stored(content: dict[str, Any]) -> DeletionRequest:
+    """A request by rules; the reader takes files."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        path = folder / "request.json"
+        path.write_text(json.dumps(content), encoding="utf-8")
+        return read_request(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shown(unlearning: Unlearning, request: QueuedRequest) -> dict[str, Any]:
+    reports = [f"/unlearn/{request.id}/report.{kind}" for kind in ("json", "html")]
+    there = (unlearning.report_folder(request.id) / "report.json").is_file()
+    return {**request.public(), "reports": reports if there else []}

@@ -1,0 +1,576 @@
+"""A deletion request's way: received, resolved to images, unlearned, audited, and only then served."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from monai_unlearn.bundle import Bundle, hint, unwrapped
+from monai_unlearn.checkpoint import load_checkpoint
+from monai_unlearn.data import DeletionRequest, resolve_request
+from monai_unlearn.label.images import (
+    Datastore,
+    Quarantine,
+    UnknownImagesError,
+    image_table,
+    images_of,
+    with_split,
+    write_table,
+)
+from monai_unlearn.label.private_logs import hidden
+from monai_unlearn.label.queue import OPEN, Queue, QueuedRequest
+from monai_unlearn.label.site import Site
+from monai_unlearn.label.versions import NoModelError, Version, Versions
+from monai_unlearn.output import write_json
+from monai_unlearn.report import percent
+from monai_unlearn.run import Run
+from monai_unlearn.training import train_model
+from monai_unlearn.workflow import unlearn
+
+__all__ = ["AlreadyWithdrawnError", "BusyError", "Options", "Unlearning", "read_options"]
+
+logger = logging.getLogger("monai_unlearn")
+
+# What MONAI Label and its clients send along with a task's own options.
+OF_THE_SERVER = ("model", "client_id", "user", "gpus", "bundle_path", "local_rank", "multi_gpu", "name", "description")
+REPORT_FILES = ("report.json", "report.html")
+LONGEST = 500
+
+
+class AlreadyWithdrawnError(RuntimeError):
+    """Images that an open request has withdrawn already."""
+
+
+class BusyError(RuntimeError):
+    """Another run is at work."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a client may choose for a run.
+
+    Args:
+        method: the method's bundle.
+        budget: share of retraining's samples, above 0, where the method has a budget.
+        epochs: passes over the data, where the method has them.
+        ratio: share of the weights that may change, in (0, 1], where the method has a mask.
+        reference: whether to train two models without the images, the yardstick of the audit; takes long.
+        dry_run: only say what would be forgotten.
+        device: ``cpu``, ``cuda`` or ``cuda:0``; None: a GPU where there is one.
+    """
+
+    method: str = "auto"
+    budget: float = 0.3
+    epochs: int = 5
+    ratio: float = 0.5
+    reference: bool = False
+    dry_run: bool = False
+    device: str | None = None
+
+
+def read_options(given: Mapping[str, Any], methods: Collection[str]) -> Options:
+    """Options as a client sends them, checked.
+
+    Args:
+        given: name → value; a list stands for its first element, as the clients' option panels have it.
+        methods: the methods that there are, the default first.
+
+    Raises:
+        ValueError: if one is misspelt or out of its range.
+    """
+    fields = Options.__dataclass_fields__
+    values: dict[str, Any] = {"method": next(iter(methods))}
+    for name, value in given.items():
+        if name in OF_THE_SERVER:
+            continue
+        if name not in fields:
+            raise ValueError(f"There is no option {name!r}.{hint(name, fields)} There are: {', '.join(fields)}.")
+        values[name] = value[0] if isinstance(value, list) and value else value
+    if values["method"] not in methods:
+        raise ValueError(f"method should be one of {', '.join(methods)}, but got {values['method']!r}.")
+    for name in ("reference", "dry_run"):
+        value = values.get(name, False)
+        if str(value).lower() not in ("true", "false"):
+            raise ValueError(f"{name} should be true or false, but got {value!r}.")
+        values[name] = str(value).lower() == "true"
+    for name, kind, low, high in (("budget", float, 0.0, None), ("epochs", int, 0, None), ("ratio", float, 0.0, 1.0)):
+        if name not in values:
+            continue
+        try:
+            if isinstance(values[name], bool):
+                raise ValueError
+            number = kind(values[name])
+            if number != float(values[name]) or not low < number < float("inf") or (high is not None and number > high):
+                raise ValueError
+        except (TypeError, ValueError):
+            end = "" if high is None else f" and at most {high:g}"
+            raise ValueError(f"{name} should be a number above {low:g}{end}, but got {values[name]!r}.") from None
+        values[name] = number
+    if not (values.get("device") is None or isinstance(values["device"], str)):
+        raise ValueError(f"device should be a name like cpu or cuda:0, but got {values['device']!r}.")
+    return Options(**values)
+
+
+class Unlearning:
+    """Everything that an app needs to take deletion requests for one model; used by the server and by its tasks.
+
+    Args:
+        site: the app's settings.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.queue = Queue(site.folder)
+        self.versions = Versions(site.folder / "versions")
+        self.quarantine = Quarantine(site.folder / "quarantine", site.studies)
+        self.work = site.folder / "work"
+        # What no log may show; grows while the process lives.
+        self.withdrawn = self.quarantine.names()
+
+    # What the server does.
+
+    def receive(
+        self,
+        datastore: Datastore,
+        source: str,
+        images: Collection[str] = (),
+        patients: Collection[str] = (),
+        request: DeletionRequest | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> QueuedRequest:
+        """Take a request in: find all images of its patients, and withdraw them from the datastore.
+
+        Args:
+            datastore: the app's datastore.
+            source: how it came.
+            images: ids of images.
+            patients: ids of patients.
+            request: a request by rules, or None.
+            options: settings of the run that it asks for.
+
+        Raises:
+            UnknownImagesError: if an id is not there, or nothing is meant.
+            AlreadyWithdrawnError: if an open request has them already.
+        """
+        found = self.find(datastore, images, patients, request)
+        self.withdrawn |= {*found["patient"], *found["image"], *found["file"]}
+        queued = self.queue.add(
+            source,
+            patients=sorted(found["patient"].unique()),
+            images=sorted(found["image"]),
+            options=dict(options or {}),
+        )
+        self.quarantine.take(queued.id, found, datastore)
+        with self.queue.change(queued.id) as queued:
+            queued.go("resolved", f"{len(queued.images)} images of {len(queued.patients)} patients were withdrawn.")
+        return queued
+
+    def find(
+        self,
+        datastore: Datastore,
+        images: Collection[str] = (),
+        patients: Collection[str] = (),
+        request: DeletionRequest | None = None,
+    ) -> pd.DataFrame:
+        """The images that a request means, as rows of ``image_table``; nothing is changed.
+
+        Raises:
+            UnknownImagesError: if an id is not there, or nothing is meant.
+            AlreadyWithdrawnError: if an open request has them already.
+        """
+        table = image_table(datastore, self.site)
+        if request is not None:
+            rows = resolve_request(request, _index(table)).positions
+            patients = [*patients, *table["patient"].iloc[rows]]
+        if not images and not patients:
+            raise UnknownImagesError("A deletion request should name images or patients, but this one means nobody.")
+        self._refuse_withdrawn({*images, *patients})
+        return images_of(table, images, patients)
+
+    def _refuse_withdrawn(self, names: set[str]) -> None:
+        for one in self.queue.requests():
+            if one.state in (*OPEN, "failed") and not one.hashed and names & {*one.patients, *one.images}:
+                raise AlreadyWithdrawnError(
+                    f"Request {one.id} has withdrawn these already; it is {one.state}. "
+                    + ("Try it again: POST /unlearn/{id}/retry." if one.state == "failed" else "Follow it there.")
+                )
+
+    def retry(self, id: str) -> QueuedRequest:
+        """Put a request that failed back into the queue.
+
+        Raises:
+            UnknownRequestError: if there is none of this id.
+            ValueError: if it has not failed, or its images are gone.
+        """
+        with self.queue.change(id) as request:
+            if request.state != "failed":
+                raise ValueError(f"Only a request that failed can be tried again, but this one is {request.state}.")
+            if request.hashed:
+                raise ValueError(
+                    "Its images were erased when it was served, so it can't be tried again after a rollback. Train the "
+                    "model anew: the datastore no longer has them."
+                )
+            request.go("resolved", "To be tried again.")
+        return request
+
+    def cancel(self, id: str, datastore: Datastore) -> QueuedRequest:
+        """Take a request back that was not carried out: its images return to the datastore.
+
+        Raises:
+            UnknownRequestError: if there is none of this id.
+            ValueError: if it is being carried out, or was.
+        """
+        request = self.queue.get(id)
+        if request.state not in ("received", "resolved", "failed") or request.hashed:
+            raise ValueError(f"A request that is {request.state} can't be taken back.")
+        self.quarantine.give_back(id, datastore)
+        self.queue.remove(id)
+        return request
+
+    def stopped(self, message: str) -> None:
+        """Note that the run was ended from outside: what it was at has failed, and can be tried again."""
+        for one in self.queue.requests():
+            if one.state in ("unlearning", "audited"):
+                with self.queue.change(one.id) as request:
+                    request.go("failed", message)
+
+    def recover(self) -> list[QueuedRequest]:
+        """After a crash: finish what was being served, and put back what was at work; returns the latter."""
+        if self.running():
+            return []
+        current = self.versions.current()
+        interrupted = []
+        for one in self.queue.requests():
+            if current is not None and one.id in current.requests and (one.state == "audited" or not one.hashed):
+                self._serve(one.id, current)
+            elif one.state in ("unlearning", "audited"):
+                with self.queue.change(one.id) as request:
+                    request.go("resolved", "The run was interrupted, and starts again.")
+                interrupted.append(request)
+            elif one.state == "received":
+                with self.queue.change(one.id) as request:
+                    request.go("failed", "The server ended before its images were withdrawn. Try it again.")
+        return interrupted
+
+    def rollback(self) -> tuple[Version, list[str]]:
+        """Serve the version before again.
+
+        Returns:
+            That version, and the ids of the requests that are undone by it.
+
+        Raises:
+            NoModelError: if there is none.
+            BusyError: if a run is at work.
+        """
+        with self._alone():
+            undone = self.versions.served().requests
+            version = self.versions.rollback()
+            for id in undone:
+                with self.queue.change(id) as request:
+                    request.go("failed", "Rolled back: the model that is served now was trained on these images.")
+        return version, list(undone)
+
+    def finalise(self, older_than: timedelta = timedelta(0)) -> int:
+        """Remove earlier versions, which were trained on what is forgotten; returns how many.
+
+        Raises:
+            BusyError: if a run is at work.
+        """
+        with self._alone():
+            return self.versions.finalise(older_than)
+
+    def running(self) -> bool:
+        """Whether a run is at work in any process."""
+        try:
+            with self._alone():
+                return False
+        except BusyError:
+            return True
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        try:
+            with FileLock(str(self.site.folder / "run.lock"), timeout=0.2, thread_local=False):
+                yield
+        except Timeout:
+            raise BusyError("A training or unlearning run is at work. Wait for it (GET /train/), or stop it.") from None
+
+    # What its tasks do.
+
+    def import_model(self, datastore: Datastore) -> Version:
+        """Serve the checkpoint that the site names, as trained on all training images of the datastore.
+
+        Raises:
+            ValueError: if none is named, or it is damaged or does not fit.
+        """
+        if self.site.checkpoint is None:
+            raise ValueError("The site names no checkpoint to import.")
+        table = with_split(image_table(datastore, self.site))
+        with self._scratch() as folder:
+            bundle = self._bundle("train", folder, table, {})
+            data = Run.start(bundle).data
+            load_checkpoint(self.site.checkpoint).load_into(bundle.build("network"))
+        return self.versions.publish(self.site.checkpoint, "imported", self._hashed(table), **_about(data))
+
+    def train(self, datastore: Datastore, settings: Mapping[str, Any]) -> Version:
+        """Train a model on all labelled training images of the datastore by the site's recipe, and serve it.
+
+        Args:
+            datastore: the app's datastore.
+            settings: of the recipe: ``train_epochs``, ``device``.
+
+        Raises:
+            BusyError: if a run is at work.
+        """
+        with self._alone(), self._scratch() as folder:
+            table = with_split(image_table(datastore, self.site))
+            bundle = self._bundle("train", folder, table, settings)
+            run = Run.start(bundle)
+            seed = run.settings["seed"]
+            model = train_model(bundle, run.model_folder(seed, forget=False), seed, None, "original", "training")
+            return self.versions.publish(model.path, "trained", self._hashed(table), **_about(run.data))
+
+    def run(self, datastore: Datastore, options: Options) -> list[QueuedRequest]:
+        """Carry out all requests that wait, in one unlearning; returns them as they are afterwards.
+
+        Raises:
+            BusyError: if a run is at work.
+            NoModelError: if no model is served.
+        """
+        with self._alone():
+            waiting = [one.id for one in self.queue.requests() if one.state == "resolved"]
+            if not waiting:
+                logger.info("No deletion request waits.")
+                return []
+            version = self.versions.served()
+            try:
+                self._carry_out(waiting, version, datastore, options)
+            except Exception as error:
+                self._fail(waiting, self._message(error))
+                raise
+            return [self.queue.get(id) for id in waiting]
+
+    def _carry_out(self, waiting: list[str], version: Version, datastore: Datastore, options: Options) -> None:
+        load_checkpoint(version.path)
+        parts = self.versions.trained_on(version)
+        kept = self._of_the_model(image_table(datastore, self.site), parts)
+        gone = self._of_the_model(self.quarantine.table(waiting), parts)
+        gone = gone[gone["split"] == "train"]
+        if gone.empty:
+            for id in waiting:
+                self._serve(
+                    id, version, "The model was not trained on any of these images: nothing was to be unlearned."
+                )
+            return
+        for id in waiting:
+            with self.queue.change(id) as request:
+                request.go("unlearning", f"By {options.method}.")
+        with self._scratch() as folder:
+            self._unlearn(waiting, folder, version, kept, gone, parts, options)
+
+    def _unlearn(
+        self,
+        waiting: list[str],
+        folder: Path,
+        version: Version,
+        kept: pd.DataFrame,
+        gone: pd.DataFrame,
+        parts: Mapping[str, str],
+        options: Options,
+    ) -> None:
+        request = folder / "request.json"
+        write_json({"include": [{"patient": sorted(gone["patient"].unique())}]}, request)
+        settings = {
+            "original_checkpoint": str(version.path),
+            "forget_request": str(request),
+            "output_dir": str(folder / "run"),
+            "reference": options.reference,
+            "class_names": list(version.class_names),
+        }
+        table = pd.concat([kept, gone], ignore_index=True)
+        bundle = self._bundle(options.method, folder, table, {**settings, **self._method_settings(options)})
+        unlearn(bundle)
+        report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
+        for id in waiting:
+            self._keep_report(id, folder / "run")
+            with self.queue.change(id) as one:
+                one.go("audited", _figures(report))
+                one.notes = list(report["notes"])
+        refused = self._refusal(report)
+        if refused is not None:
+            self._fail(waiting, refused)
+            logger.info("Not served: %s", refused)
+            return
+        forgotten = {self.queue.hash(image) for image in gone["image"]}
+        published = self.versions.publish(
+            folder / "run" / "unlearned_model.pt",
+            "unlearned",
+            {image: part for image, part in parts.items() if image not in forgotten},
+            class_names=version.class_names,
+            channels=version.channels,
+            multi_label=version.multi_label,
+            requests=waiting,
+        )
+        for id in waiting:
+            self._serve(id, published)
+        logger.info("Served: version %s.", published.name)
+
+    def _serve(self, id: str, version: Version, message: str | None = None) -> None:
+        """The last steps of a request, each of which may be repeated after a crash."""
+        with self.queue.change(id) as request:
+            if request.state != "served":
+                request.version = version.name
+                request.go("served", request.message if message is None else message)
+        self.quarantine.erase(id)
+        self.queue.forget_names(id)
+
+    def _fail(self, waiting: Collection[str], message: str) -> None:
+        for id in waiting:
+            if self.queue.get(id).state in ("resolved", "unlearning", "audited"):
+                with self.queue.change(id) as request:
+                    request.go("failed", message)
+
+    def _message(self, error: BaseException) -> str:
+        """What went wrong, without anybody's name."""
+        error = unwrapped(error)
+        text = hidden(" ".join(str(error).split()), self.withdrawn)
+        plain = isinstance(error, (ValueError, OSError, FloatingPointError, NoModelError)) and text
+        return (text if plain else f"{type(error).__name__}: {text}")[:LONGEST]
+
+    def _refusal(self, report: Mapping[str, Any]) -> str | None:
+        """Why a model is not to be served, or None."""
+        accept, models = self.site.accept, report["models"]
+        figure = "auroc" if report["task"] == "multi-label" else "accuracy"
+        before, after = (models[name]["test"][figure] for name in ("original", "unlearned"))
+        if before is not None and after is not None and before - after > accept.test_loss:
+            return (
+                f"Not accepted: test {figure} fell from {percent(before)} to {percent(after)} %, by more than the "
+                f"{percent(accept.test_loss)} points that `accept` allows. The model before is still served."
+            )
+        low = models["unlearned"]["attack"]["low"]
+        if low is not None and low > accept.attack_auc:
+            return (
+                f"Not accepted: forgotten images can be told from unseen ones with an AUC of at least {low:.3f}, above "
+                f"the {accept.attack_auc:g} of `accept`. The model before is still served."
+            )
+        answer = report["audit"]["verdict"]["answer"] if report["audit"] else None
+        if accept.verdicts and answer not in accept.verdicts:
+            return f"Not accepted: the audit's verdict is {answer}. The model before is still served."
+        return None
+
+    def _keep_report(self, id: str, run: Path) -> None:
+        folder = self.report_folder(id)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in filter(lambda name: (run / name).is_file(), REPORT_FILES):
+            part = folder / f".{name}.part"
+            shutil.copyfile(run / name, part)
+            os.replace(part, folder / name)
+
+    def report_folder(self, id: str) -> Path:
+        """Where a request's reports lie."""
+        return self.site.folder / "reports" / self.queue.get(id).id
+
+    def bundle(self, version: Version) -> Bundle:
+        """The bundle of the model that is served, for its network and its transforms; no data is read."""
+        bundle = Bundle.from_files(self.site.configs("train"), **dict(self.site.options))
+        bundle.share(data=_DataOf(version))
+        return bundle
+
+    def _bundle(self, config: str, folder: Path, table: pd.DataFrame, settings: Mapping[str, Any]) -> Bundle:
+        """A bundle on a table of images."""
+        write_table(table, folder / "images.csv")
+        names = self.site.class_names
+        given = {
+            "dataset_dir": str(self.site.studies),
+            "labels_file": str(folder / "images.csv"),
+            "models_dir": str(folder / "models"),
+            "class_names": None if names is None else list(names),
+            **self.site.options,
+            **{name: value for name, value in settings.items() if value is not None},
+            "data": {
+                "_target_": "monai_unlearn.data.read_table",
+                "dataset_dir": "@dataset_dir",
+                "labels_file": "@labels_file",
+                "class_names": "@class_names",
+                "on_broken": "@on_broken",
+            },
+        }
+        return Bundle.from_files(self.site.configs(config), **given)
+
+    def _method_settings(self, options: Options) -> dict[str, Any]:
+        """The options that a method has."""
+        config = json.loads(Path(self.site.configs(options.method)[0]).read_text(encoding="utf-8"))
+        named = {"budget": options.budget, "epochs": options.epochs, "saliency_ratio": options.ratio}
+        return {
+            **{name: value for name, value in named.items() if name in config},
+            **({"device": options.device} if options.device else {}),
+        }
+
+    def _of_the_model(self, table: pd.DataFrame, parts: Mapping[str, str]) -> pd.DataFrame:
+        """The images that a model was trained or tested on, each in its part; later ones are left out."""
+        if table.empty:
+            return table.assign(image=[], patient=[], split=[])
+        part = table["image"].map(lambda image: parts.get(self.queue.hash(image)))
+        return table.assign(split=part)[part.notna()].reset_index(drop=True)
+
+    def _hashed(self, table: pd.DataFrame) -> dict[str, str]:
+        return {self.queue.hash(image): part for image, part in zip(table["image"], table["split"])}
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """A folder for what only the run needs: it holds names and functions of the images, and goes in any case."""
+        shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed
+        self.work.mkdir(parents=True, mode=0o700)
+        try:
+            yield self.work
+        finally:
+            shutil.rmtree(self.work, ignore_errors=True)
+
+
+class _DataOf:
+    """What a network's definition asks of the data."""
+
+    def __init__(self, version: Version) -> None:
+        self.channels = version.channels
+        self.num_classes = len(version.class_names)
+        self.class_names = version.class_names
+        self.multi_label = version.multi_label
+
+
+def _about(data: Any) -> dict[str, Any]:
+    return {"class_names": data.class_names, "channels": data.channels, "multi_label": data.multi_label}
+
+
+def _index(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as requests by rules see it: numbers as numbers."""
+    numbers = {
+        name: pd.to_numeric(table[name], errors="coerce") for name in table if name not in ("image", "file", "patient")
+    }
+    whole = {name: values for name, values in numbers.items() if values.notna().equals(table[name].notna())}
+    return table.drop(columns="image").assign(**whole)
+
+
+def _figures(report: Mapping[str, Any]) -> str:
+    """The figures of a report in one line."""
+    figure = "auroc" if report["task"] == "multi-label" else "accuracy"
+    before, after = (report["models"][name] for name in ("original", "unlearned"))
+    parts = [
+        f"{split} {figure} {percent(before[split][figure])} → {percent(after[split][figure])} %"
+        for split in ("forget", "retain", "test")
+    ]
+    low, high = (after["attack"][end] for end in ("low", "high"))
+    interval = "" if low is None else f" [{low:.2f}, {high:.2f}]"
+    auc = after["attack"]["auc"]
+    attack = "" if auc is None else f"; attack AUC {auc:.2f}{interval}"
+    return ", ".join(parts) + attack + "."
