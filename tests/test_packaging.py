@@ -61,7 +61,12 @@ def test_the_versions_in_the_metadata_are_the_constrained_ones() -> None:
 
 def test_every_third_party_module_imported_is_a_declared_dependency(pyproject: dict) -> None:
     project = pyproject["project"]
-    declared = _names([*project["dependencies"], *project["optional-dependencies"]["tune"]])
+    declared = _names(
+        [
+            *project["dependencies"],
+            *(one for extra in ("tune", "label") for one in project["optional-dependencies"][extra]),
+        ]
+    )
     imported: dict[str, str] = {}
     for file in sorted((ROOT / "monai_unlearn").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

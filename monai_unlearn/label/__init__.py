@@ -3,3 +3,5 @@
 ``queue``, ``versions``, ``site``, ``images`` and ``unlearning`` know nothing of MONAI Label; ``tasks``, ``routes`` and
 ``app`` are what it sees of them.
 """
+
+__all__: list[str] = []
