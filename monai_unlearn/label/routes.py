@@ -55,6 +55,7 @@ class Order(BaseModel):
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Message, "description": "no JSON"},
     401: {"model": Message, "description": "not signed in"},
     403: {"model": Message, "description": "the role is missing"},
     404: {"model": Message, "description": "there is no such image, patient or request"},
