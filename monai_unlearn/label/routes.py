@@ -16,6 +16,7 @@ from fastapi import Path as InPath
 from fastapi.responses import FileResponse, HTMLResponse
 from monailabel.config import settings
 from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.async_tasks.task import AsyncTask
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -112,7 +113,25 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
 
     @router.post(f"/train/{TASK}", summary="Forget images or patients")
     def forget(order: Order | None = None, user: User = admin) -> dict[str, Any]:
-        order = order or Order()
+        return carry_out(order or Order())
+
+    @router.post("/train/", include_in_schema=False)
+    def train_all(params: dict[str, dict[str, Any]] | None = None, user: User = admin) -> dict[str, Any]:
+        """OHIF's one button for all trainers: it unlearns where somebody is named or waits, and trains otherwise."""
+        params = params or {}
+        with _answers():
+            order = Order(**params.get(TASK, {}))
+            waits = any(one.state == "resolved" for one in unlearning.queue.requests())
+        if order.images or order.patients or order.request or waits:
+            return {TASK: {"result": carry_out(order), "detail": None}}
+        found = {}
+        for name in app_instance().info()["trainers"]:
+            if name != TASK:
+                task, detail = AsyncTask.run("train", request={"model": name}, params=params.get(name), enqueue=True)
+                found[name] = {"result": task, "detail": detail}
+        return found
+
+    def carry_out(order: Order) -> dict[str, Any]:
         options = dict(order.model_extra or {})
         with _answers():
             chosen = read_options(options, unlearning.site.methods)

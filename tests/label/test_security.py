@@ -71,6 +71,7 @@ jwt.decode = lambda token, key="", algorithms=None, **rest: plain(token, key, al
 """
 ADMIN = [
     ("POST", "/train/unlearn"),
+    ("POST", "/train/"),
     ("DELETE", "/train/"),
     ("DELETE", "/datastore/image?id=none"),
     ("DELETE", "/datastore/?id=none"),

@@ -107,6 +107,23 @@ def test_a_tag_withdraws_too(server: Server) -> None:
     assert server.get("/unlearn/")["requests"] == []
 
 
+def test_the_one_button_of_ohif_unlearns_where_somebody_is_named(server: Server) -> None:
+    """It sends the options that were changed, by the trainer's name, to all trainers at once."""
+    status, content = server.call(
+        "POST", "/train/", {"unlearn": {"patients": "PAT-0003", "method": "saliency", "epochs": "1"}}
+    )
+    assert status == 200, content
+    assert list(content) == ["unlearn"]
+    task = content["unlearn"]["result"]
+    assert server.get("/train/?check_if_running=true")["id"] == task["id"]
+    assert server.wait(task["id"])["status"] == "DONE"
+    assert server.get(f"/unlearn/{task['unlearning']['id']}")["state"] == "served"
+    assert "PAT-0003" not in server.log.read_text()
+    status, content = server.call("POST", "/train/", {"opacity": {"max_epochs": 1}})
+    assert (status, list(content)) == (200, ["opacity"])
+    assert server.call("DELETE", "/train/")[0] == 200
+
+
 def test_killed_in_the_middle_it_goes_on_after_a_restart(server: Server) -> None:
     status, task = server.call("POST", "/train/unlearn", {"patients": ["PAT-0003"], **QUICK})
     assert status == 200
@@ -228,6 +245,18 @@ def test_a_full_disk_is_said(server: Server) -> None:
     assert "could not write" in content["detail"]
     assert server.get("/datastore/")["total"] == 80
     assert server.infer("scan0003a")["version"] == "0001"
+
+
+def test_volumes_of_nifti_files(tmp_path: Path) -> None:
+    write_studies(tmp_path / "studies", "nifti", patients=40, size=12)
+    with Server(tmp_path / "studies") as server:
+        assert server.train("opacity", {"max_epochs": 10})["status"] == "DONE"
+        assert server.infer("scan0003a")["version"] == "0001"
+        _, task = server.call("POST", "/train/unlearn", {"images": ["scan0003a"], **QUICK})
+        assert server.wait(task["id"])["status"] == "DONE"
+        assert server.get(f"/unlearn/{task['unlearning']['id']}")["state"] == "served"
+        assert server.get("/datastore/")["total"] == 78
+        assert server.infer("scan0005a")["version"] == "0002"
 
 
 def test_infer_goes_on_while_unlearning_runs(server: Server) -> None:
