@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from typing import Any
 
+import schedule
 from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 
 from monai_unlearn.label.private_logs import hide_in_logs
-from monai_unlearn.label.routes import mount, start
+from monai_unlearn.label.routes import answers, mount, start
 from monai_unlearn.label.site import read_site
 from monai_unlearn.label.tasks import Classify, Membership, MostExposed, Served, TrainModel, Unlearn
-from monai_unlearn.label.unlearning import Unlearning
+from monai_unlearn.label.unlearning import BusyError, Unlearning
 
 __all__ = ["UnlearningApp", "UnlearningTasks"]
 
@@ -72,9 +74,18 @@ class UnlearningTasks:
         if server is None:  # a background task, which has no routes
             return
         mount(server.app, self.unlearning, datastore)
-        for request in self.unlearning.recover():
+        for request in self.unlearning.recover(datastore)[:1]:  # one run carries out all that waits
             logger.info("Request %s was interrupted, and starts again.", request.id)
-            start(self.unlearning, request.options)
+            start(request.options)
+        after = self.unlearning.site.finalise_after
+        if after is not None:
+
+            def finalise() -> None:
+                with suppress(BusyError):
+                    self.unlearning.finalise(after)
+
+            schedule.every().hour.do(finalise)  # MONAI Label runs what is pending
+            finalise()
         if self.unlearning.site.checkpoint is not None and self.unlearning.versions.current() is None:
             self.unlearning.import_model(datastore)
 
@@ -82,14 +93,17 @@ class UnlearningTasks:
         """Queue an image's patient if it has a label of the tag ``forget``."""
         labels = self.app.datastore().json()["objects"].get(image, {}).get("labels", {})
         if TAG in labels:
-            self.unlearning.receive(self.app.datastore(), "tag", images=[image])
+            with answers():
+                self.unlearning.receive(self.app.datastore(), "tag", images=[image])
 
 
 class UnlearningApp(MONAILabelApp):
     """An app for one classifier, whose patients can be forgotten."""
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
-        self._unlearning: UnlearningTasks | None = None
+        # Before the datastore, which names in the log what it misses.
+        self.studies, self.conf = studies, conf or {}
+        self.unlearning = UnlearningTasks(self)
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -97,13 +111,6 @@ class UnlearningApp(MONAILabelApp):
             name="MONAI Label - unlearning",
             description="Classification by a model that can be made to unlearn patients",
         )
-
-    @property
-    def unlearning(self) -> UnlearningTasks:
-        """Made when the first of its tasks is asked for, after the datastore."""
-        if self._unlearning is None:
-            self._unlearning = UnlearningTasks(self)
-        return self._unlearning
 
     def init_infers(self) -> dict[str, Any]:
         """MONAI Label asks for these in turn."""

@@ -12,16 +12,27 @@ from typing import Any, Protocol
 
 import pandas as pd
 import pydicom
+from filelock import FileLock
 
 from monai_unlearn.data import read_labels
 from monai_unlearn.label.site import Site
 from monai_unlearn.output import write_json
 
-__all__ = ["Datastore", "Quarantine", "UnknownImagesError", "image_table", "images_of", "with_split", "write_table"]
+__all__ = [
+    "Datastore",
+    "Quarantine",
+    "UnknownImagesError",
+    "image_table",
+    "images_of",
+    "link_files",
+    "with_split",
+    "write_table",
+]
 
 # What MONAI Label and its clients keep in an image's info that says nothing of the image.
 NO_ATTRIBUTES = ("ts", "name", "path", "checksum", "user", "client_id", "strategy", "logs", "membership")
 HEADER = {"patient": "PatientID", "sex": "PatientSex", "modality": "Modality"}
+LOCK_SECONDS = 60
 SPLIT_SEED = 701515
 TRAIN, VALIDATION = 0.7, 0.85
 
@@ -33,11 +44,8 @@ class UnknownImagesError(LookupError):
 class Datastore(Protocol):
     """What is used of MONAI Label's ``LocalDatastore``."""
 
-    def list_images(self) -> list[str]:
-        """Ids of all images."""
-
-    def get_image_info(self, image_id: str) -> dict[str, Any]:
-        """What is known of an image; of an id that there is none of, nothing."""
+    def json(self) -> dict[str, Any]:
+        """``objects``: id → ``image`` and ``labels`` (by tag), each with ``ext`` and ``info``."""
 
     def refresh(self) -> None:
         """Look for files that came or went."""
@@ -46,42 +54,54 @@ class Datastore(Protocol):
         """Add to what is known of an image."""
 
 
-def image_table(datastore: Datastore, site: Site, images: Iterable[str] | None = None) -> pd.DataFrame:
+def image_table(datastore: Datastore, site: Site) -> pd.DataFrame:
     """One row for each image of the datastore.
 
-    Patient and sex come from the header of a DICOM file, everything from the image's info in the datastore
-    (``PUT /datastore/image/info``), and from the site's table of labels; what comes first goes before. An image without
-    a patient counts as a patient of its own.
+    What is known comes from the image's info in the datastore (``PUT /datastore/image/info``), from the site's table of
+    labels, and patient, sex and modality from the header of a DICOM file; what comes first goes before. An image
+    without a patient counts as a patient of its own.
 
     Args:
         datastore: the app's datastore.
         site: the app's settings.
-        images: only these; by default all.
 
     Returns:
-        Columns ``image`` (id), ``file`` (relative to the datastore's folder), ``patient``, and whatever else is known:
+        Columns ``image`` (id), ``file`` (in the datastore's folder), ``patient``, and whatever else is known:
         ``label``, findings, ``split``, attributes. All text; missing is None.
     """
-    rows = [_row(datastore, image) for image in (datastore.list_images() if images is None else images)]
+    objects = datastore.json()["objects"]
+    rows = [_row(image, about["image"]) for image, about in objects.items()]
     table = pd.DataFrame(rows, columns=None if rows else ["image", "file"], dtype=object)
-    if site.labels_file is not None:
-        table = _with_labels(table, read_labels(site.labels_file))
-    if "patient" not in table:
-        table["patient"] = None
+    labels = None if site.labels_file is None else read_labels(site.labels_file)
+    key = None if labels is None else next((name for name in ("image", "file", "patient") if name in labels), None)
+    if labels is not None and key is None:
+        raise ValueError("labels_file should have a column file, image or patient, by which images are found.")
+    if labels is not None and key != "patient":
+        table = _filled(table, labels, key)
+    headers = [_header(site.studies / file) for file in table["file"]]
+    for name in HEADER:
+        found = pd.Series([header.get(name) for header in headers], index=table.index, dtype=object)
+        if name in table:
+            table[name] = table[name].where(table[name].notna(), found)
+        elif found.notna().any() or name == "patient":
+            table[name] = found
+    if labels is not None and key == "patient":
+        table = _filled(table, labels, key)
     table["patient"] = table["patient"].where(table["patient"].notna(), table["image"])
     return table
 
 
-def _row(datastore: Datastore, image: str) -> dict[str, Any]:
-    info = datastore.get_image_info(image)
-    labels = info.pop("labels", None)
+def _row(image: str, about: dict[str, Any]) -> dict[str, Any]:
+    info = about["info"]
+    labels = info.get("labels")
     known = {**info, **labels} if isinstance(labels, dict) else info
     row = {
         str(name): str(value)
         for name, value in known.items()
         if name not in NO_ATTRIBUTES and isinstance(value, (str, int, float)) and value not in ("", None)
     }
-    return {**_header(Path(info["path"])), **row, "image": image, "file": str(info.get("name") or image)}
+    # The file's name is the datastore's own: clients may write anything into the info, but not decide what is moved.
+    return {**row, "image": image, "file": f"{image}{about['ext']}"}
 
 
 _headers: dict[tuple[str, float], dict[str, str]] = {}
@@ -102,18 +122,10 @@ def _header(path: Path) -> dict[str, str]:
         return {}
 
 
-def _with_labels(table: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns of a table of labels where the datastore says nothing."""
-    if "image" in labels:
-        key, own = "image", table["image"]
-    elif "file" in labels:
-        key, own = "file", table["file"]
-    elif "patient" in labels and "patient" in table:
-        key, own = "patient", table["patient"]
-    else:
-        raise ValueError("labels_file should have a column file, image or patient, by which images are found.")
+def _filled(table: pd.DataFrame, labels: pd.DataFrame, key: str | None) -> pd.DataFrame:
+    """Add the columns of a table of labels where nothing is known yet."""
     labels = labels[labels[key].notna()].drop_duplicates(key).set_index(key)
-    joined = labels.reindex(own).reset_index(drop=True)
+    joined = labels.reindex(table[key]).reset_index(drop=True)
     for column in joined:
         given = joined[column].astype(object)
         table[column] = table[column].where(table[column].notna(), given) if column in table else given
@@ -171,7 +183,7 @@ class Quarantine:
         self.studies = studies
 
     def take(self, request: str, table: pd.DataFrame, datastore: Datastore) -> None:
-        """Move images and their labels out of the datastore; what was moved already stays.
+        """Move images and their labels out of the datastore; the same again finishes what was begun.
 
         Args:
             request: the request's id.
@@ -179,30 +191,37 @@ class Quarantine:
             datastore: told afterwards.
         """
         folder = self._folder(request)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         rows = {row["image"]: row for row in self.rows(request)}
+        objects = datastore.json()["objects"]
         for row in table.to_dict("records"):
+            if not _plain(row["file"]):
+                raise ValueError("An image should lie in the datastore's folder itself, but one does not.")
             kept = {name: value for name, value in row.items() if isinstance(value, str)}
-            info = {name: value for name, value in datastore.get_image_info(row["image"]).items() if name != "path"}
-            rows[row["image"]] = {**kept, "info": info}
-        # The list first: what is killed in the middle is then known, and is finished by the next call.
-        part = folder / ".images.json.part"
-        write_json(list(rows.values()), part)
-        os.replace(part, folder / "images.json")
-        self._finish(request)
+            about = objects.get(row["image"], {"image": {"info": {}}, "labels": {}})
+            labels = [f"{tag}/{row['image']}{label['ext']}" for tag, label in about.get("labels", {}).items()]
+            rows[row["image"]] = {**kept, "info": about["image"]["info"], "label_files": labels}
+        with self.moving():
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # The list first: what is killed in the middle is then known.
+            part = folder / ".images.json.part"
+            write_json(list(rows.values()), part)
+            os.replace(part, folder / "images.json")
+            for row in rows.values():
+                _move(self.studies / row["file"], folder / "files" / row["file"])
+                for label in row["label_files"]:
+                    _move(self.studies / "labels" / label, folder / "labels" / label)
         datastore.refresh()
 
-    def _finish(self, request: str) -> None:
-        folder = self._folder(request)
-        for row in self.rows(request):
-            _move(self.studies / row["file"], folder / "files" / row["file"])
-            for label in self._labels(row["image"]):
-                _move(label, folder / "labels" / label.parent.name / label.name)
+    def moving(self) -> FileLock:
+        """Held while files move, and while a run takes stock of them."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return FileLock(str(self.folder.with_name("moving.lock")), timeout=LOCK_SECONDS)
 
-    def _labels(self, image: str) -> list[Path]:
-        labels = self.studies / "labels"
-        tags = [path for path in labels.iterdir() if path.is_dir()] if labels.is_dir() else []
-        return [path for tag in tags for path in tag.iterdir() if path.is_file() and _stem(path.name, image)]
+    def holds(self, request: str, images: Collection[str]) -> bool:
+        """Whether all of a request's images are here."""
+        rows = {row["image"]: row["file"] for row in self.rows(request)}
+        folder = self._folder(request) / "files"
+        return set(images) <= set(rows) and all(os.path.lexists(folder / rows[image]) for image in images)
 
     def rows(self, request: str) -> list[dict[str, Any]]:
         """What is known of the images of a request."""
@@ -215,20 +234,33 @@ class Quarantine:
         for request in requests:
             inside = self._folder(request).relative_to(self.studies) / "files"
             for row in self.rows(request):
-                known = {name: value for name, value in row.items() if name != "info"}
+                known = {name: value for name, value in row.items() if isinstance(value, str)}
                 rows.append({**known, "file": (inside / row["file"]).as_posix()})
         return pd.DataFrame(rows, dtype=object)
 
     def give_back(self, request: str, datastore: Datastore) -> int:
-        """Move a request's images back into the datastore; returns how many."""
+        """Move a request's images back into the datastore; returns how many.
+
+        Raises:
+            ValueError: if another file has their name there by now; nothing is moved then.
+        """
         rows, folder = self.rows(request), self._folder(request)
-        for row in rows:
-            _move(folder / "files" / row["file"], self.studies / row["file"])
-        for label in sorted((folder / "labels").glob("*/*")):
-            _move(label, self.studies / "labels" / label.parent.name / label.name)
+        taken = sum(
+            os.path.lexists(folder / "files" / row["file"]) and os.path.lexists(self.studies / row["file"])
+            for row in rows
+        )
+        if taken:
+            raise ValueError(f"{taken} of {len(rows)} images can't return: files of their name have been added since.")
+        with self.moving():
+            for row in rows:
+                _move(folder / "files" / row["file"], self.studies / row["file"])
+                for label in row["label_files"]:
+                    _move(folder / "labels" / label, self.studies / "labels" / label)
         datastore.refresh()
+        known = datastore.json()["objects"]
         for row in rows:
-            datastore.update_image_info(row["image"], dict(row["info"]))
+            if row["image"] in known:
+                datastore.update_image_info(row["image"], dict(row["info"]))
         shutil.rmtree(folder, ignore_errors=True)
         return len(rows)
 
@@ -251,16 +283,47 @@ class Quarantine:
         return self.folder / request
 
 
-def _stem(name: str, image: str) -> bool:
-    """Whether a file is of an image: its id, and an ending."""
-    return name == image or (name.startswith(f"{image}.") and "/" not in name)
+def _plain(name: str) -> bool:
+    """Whether a name is that of a file in the folder itself, and none of ours."""
+    return Path(name).name == name and not name.startswith(".") and "\\" not in name
 
 
 def _move(path: Path, to: Path) -> None:
     if not os.path.lexists(path):  # moved before
         return
     to.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    os.replace(path, to)
+    if path.is_symlink():  # a relative one would point elsewhere from there
+        os.symlink(os.path.realpath(path), to)
+        path.unlink()
+    else:
+        os.replace(path, to)
+
+
+def link_files(table: pd.DataFrame, studies: Path, folder: Path) -> pd.DataFrame:
+    """Give a run its images under names that say nothing, so that none can be moved away under it.
+
+    Args:
+        table: rows of ``image_table``.
+        studies: the datastore's folder.
+        folder: where hard links to the files are made; on the same file system, so that nothing is copied.
+
+    Returns:
+        The table with the new names.
+    """
+    folder.mkdir(parents=True)
+    names = []
+    for number, (image, file) in enumerate(zip(table["image"], table["file"])):
+        ending = "".join(Path(file).name[len(image) :])
+        names.append(f"{number:06d}{ending}")
+        source = os.path.realpath(studies / file)
+        try:
+            os.link(source, folder / names[-1])
+        except OSError:
+            if (studies / file).is_symlink():  # to another file system, where nobody moves it
+                os.symlink(source, folder / names[-1])
+            else:  # a file system without hard links
+                shutil.copyfile(source, folder / names[-1])
+    return table.assign(file=names)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

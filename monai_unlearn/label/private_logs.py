@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Set
+from urllib.parse import quote, quote_plus
 
 __all__ = ["hidden", "hide_in_logs"]
 
@@ -13,7 +15,9 @@ LOGGERS = ("", "uvicorn", "uvicorn.access", "uvicorn.error")
 
 def hidden(text: str, names: Set[str]) -> str:
     """A text with an ellipsis in the place of names, wherever they stand as words of their own."""
-    for name in sorted(names, key=len, reverse=True):
+    # As they stand, and as addresses and JSON have them.
+    forms = {form for name in names for form in (name, quote(name), quote_plus(name), json.dumps(name)[1:-1])}
+    for name in sorted(forms, key=len, reverse=True):
         if name in text:
             text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "…", text)
     return text

@@ -7,6 +7,7 @@ import hmac
 import json
 import os
 import secrets
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -18,15 +19,15 @@ from filelock import FileLock
 
 __all__ = ["OPEN", "STATES", "Queue", "QueuedRequest", "UnknownRequestError", "now"]
 
-# What may come after each state. Back to `resolved` goes what was interrupted, and what is tried again; what is
-# served can only be taken back.
+# What may come after each state. Back to `resolved` goes what was interrupted, and what is tried again. What is served
+# fails if a rollback brings back a model that holds it, and is served again once a model without it is trained.
 NEXT = {
     "received": ("resolved", "failed"),
-    "resolved": ("unlearning", "served", "failed"),
-    "unlearning": ("audited", "resolved", "failed"),
+    "resolved": ("unlearning", "failed"),
+    "unlearning": ("audited", "served", "resolved", "failed"),
     "audited": ("served", "resolved", "failed"),
     "served": ("failed",),
-    "failed": ("resolved",),
+    "failed": ("resolved", "served"),
 }
 STATES = tuple(NEXT)
 OPEN = ("received", "resolved", "unlearning", "audited")
@@ -99,7 +100,7 @@ class Queue:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path = self.folder / "queue.json"
-        self._lock = FileLock(str(self.folder / "queue.lock"), timeout=LOCK_SECONDS, thread_local=False)
+        self._lock = FileLock(str(self.folder / "queue.lock"), timeout=LOCK_SECONDS)
 
     def requests(self) -> list[QueuedRequest]:
         """All requests, the oldest first.
@@ -129,6 +130,14 @@ class Queue:
             UnknownRequestError: if there is none of this id.
         """
         return _find(self.requests(), id)
+
+    def claim(self) -> list[str]:
+        """Begin what waits: all requests that are ``resolved`` become ``unlearning`` at once; returns their ids."""
+        with self._all() as requests:
+            waiting = [one for one in requests if one.state == "resolved"]
+            for one in waiting:
+                one.go("unlearning")
+            return [one.id for one in waiting]
 
     def add(self, source: str, **content: Any) -> QueuedRequest:
         """Take a request in, in the state ``received``."""
@@ -203,7 +212,7 @@ def _find(requests: list[QueuedRequest], id: str) -> QueuedRequest:
 
 def _write(path: Path, text: str) -> None:
     """A file that appears whole or not at all, and that its owner alone can read."""
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
+    part = path.with_name(f".{path.name}.part{os.getpid()}-{threading.get_ident()}")
     try:
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
             file.write(text)

@@ -15,18 +15,21 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse, HTMLResponse
 from monailabel.config import settings
+from monailabel.endpoints.train import status as train_status
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.async_tasks.task import AsyncTask
+from monailabel.utils.async_tasks.utils import processes
 from pydantic import BaseModel, ConfigDict, Field
 
 from monai_unlearn.data import DeletionRequest, read_request
 from monai_unlearn.label.images import UnknownImagesError
+from monai_unlearn.label.private_logs import hidden
 from monai_unlearn.label.queue import QueuedRequest, UnknownRequestError
-from monai_unlearn.label.unlearning import AlreadyWithdrawnError, BusyError, Unlearning, read_options
+from monai_unlearn.label.unlearning import AlreadyWithdrawnError, BusyError, Options, Unlearning, read_options
 from monai_unlearn.label.versions import NoModelError
 
-__all__ = ["mount", "start"]
+__all__ = ["answers", "mount", "start"]
 
 logger = logging.getLogger("monai_unlearn")
 
@@ -68,7 +71,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 @contextmanager
-def _answers() -> Iterator[None]:
+def answers() -> Iterator[None]:
     """Errors as statuses and messages."""
     try:
         yield
@@ -84,12 +87,13 @@ def _answers() -> Iterator[None]:
         ) from None
 
 
-def start(unlearning: Unlearning, options: dict[str, Any]) -> dict[str, Any]:
+def start(options: dict[str, Any]) -> dict[str, Any]:
     """Start the background task that carries out what waits; behind another one that is at work.
 
     Nothing but the options goes along: the task's command line and log show what it is given.
     """
-    task, message = AsyncTask.run("train", request={"model": TASK}, params=dict(options), enqueue=True)
+    known = {name: value for name, value in options.items() if name in (*Options.__dataclass_fields__, "gpus")}
+    task, message = AsyncTask.run("train", request={"model": TASK}, params=known, enqueue=True)
     if task is None:
         raise HTTPException(429, message)
     return {name: value for name, value in task.items() if name != "request"}
@@ -119,7 +123,7 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
     def train_all(params: dict[str, dict[str, Any]] | None = None, user: User = admin) -> dict[str, Any]:
         """OHIF's one button for all trainers: it unlearns where somebody is named or waits, and trains otherwise."""
         params = params or {}
-        with _answers():
+        with answers():
             order = Order(**params.get(TASK, {}))
             waits = any(one.state == "resolved" for one in unlearning.queue.requests())
         if order.images or order.patients or order.request or waits:
@@ -131,9 +135,28 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
                 found[name] = {"result": task, "detail": detail}
         return found
 
+    def after_an_end() -> None:
+        """What a task was at that was killed has failed; no task of this server is at work then."""
+        if not processes("train") and not unlearning.running():
+            unlearning.stopped("The run ended before its time: it was killed, or ran out of memory. Try it again.")
+
+    @router.get("/train/", include_in_schema=False)
+    def status(all: bool = False, check_if_running: bool = False, user: User = user) -> Any:
+        """As MONAI Label's, without names in the last lines of the log."""
+        found = train_status(all, check_if_running)
+        return [_clean(task, unlearning) for task in found] if isinstance(found, list) else _clean(found, unlearning)
+
+    @router.put("/model/{model}", include_in_schema=False)
+    @router.delete("/model/{model}", include_in_schema=False)
+    def keep_model(model: str, user: User = admin) -> None:
+        raise HTTPException(
+            409, "The model's versions are changed by training, unlearning, rollback and finalise, and by nothing else."
+        )
+
     def carry_out(order: Order) -> dict[str, Any]:
         options = dict(order.model_extra or {})
-        with _answers():
+        with answers():
+            after_an_end()
             chosen = read_options(options, unlearning.site.methods)
             anybody = bool(order.images or order.patients or isinstance(order.request, dict))
             if chosen.dry_run:
@@ -147,7 +170,7 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
             if isinstance(order.request, str) and order.request:
                 queued = unlearning.queue.get(order.request)
                 if queued.state == "failed":
-                    queued = unlearning.retry(queued.id)
+                    queued = unlearning.retry(queued.id, datastore)
                 if queued.state != "resolved":
                     raise BusyError(f"Request {queued.id} is {queued.state} already.")
             elif anybody:
@@ -157,26 +180,25 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
                 if not waiting:
                     raise UnknownImagesError("No deletion request waits. Name images or patients.")
                 queued = waiting[0]
-            return {**start(unlearning, options), "unlearning": queued.public()}
+            return {**start(options), "unlearning": queued.public()}
 
     @router.delete("/train/", summary="Stop the run at work")
     def stop(user: User = admin) -> Any:
         task = AsyncTask.stop("train")
-        with _answers():
+        with answers():
             unlearning.stopped("Stopped. The model before is still served; try again with POST /unlearn/{id}/retry.")
         return None if task is None else {name: value for name, value in task.items() if name != "request"}
 
     @router.delete("/datastore/", include_in_schema=False)
     @router.delete("/datastore/image", summary="Withdraw a patient's images, to be forgotten by the next run")
     def remove_image(id: Annotated[str, Query(min_length=1)], user: User = admin) -> dict[str, Any]:
-        with _answers():
+        with answers():
             return {"unlearning": take("datastore", Order(images=[id]), {}).public()}
 
     @router.get("/unlearn/", summary="The queue and the versions of the model")
     def queue(user: User = user) -> dict[str, Any]:
-        with _answers():
-            if unlearning.site.finalise_after is not None and not unlearning.running():
-                unlearning.finalise(unlearning.site.finalise_after)
+        with answers():
+            after_an_end()
             current = unlearning.versions.current()
             return {
                 "model": unlearning.site.model,
@@ -192,12 +214,12 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
 
     @router.get("/unlearn/{id}", summary="One request")
     def request(id: Id, user: User = user) -> dict[str, Any]:
-        with _answers():
+        with answers():
             return _shown(unlearning, unlearning.queue.get(id))
 
     @router.get("/unlearn/{id}/report.{kind}", summary="Its report", response_class=FileResponse)
     def report(id: Id, kind: Literal["json", "html"], user: User = user) -> FileResponse:
-        with _answers():
+        with answers():
             path = unlearning.report_folder(id) / f"report.{kind}"
             if not path.is_file():
                 raise UnknownRequestError("There is no report yet: a request has one as soon as it is audited.")
@@ -205,25 +227,25 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
 
     @router.post("/unlearn/{id}/retry", summary="Try a request that failed again")
     def retry(id: Id, user: User = admin) -> dict[str, Any]:
-        with _answers():
+        with answers():
             unlearning.versions.served()
-            queued = unlearning.retry(id)
-            return {**start(unlearning, queued.options), "unlearning": queued.public()}
+            queued = unlearning.retry(id, datastore)
+            return {**start(queued.options), "unlearning": queued.public()}
 
     @router.delete("/unlearn/{id}", summary="Take a request back: its images return")
     def cancel(id: Id, user: User = admin) -> dict[str, Any]:
-        with _answers():
+        with answers():
             return {"returned": len(unlearning.cancel(id, datastore).images)}
 
     @router.post("/unlearn/rollback", summary="Serve the version before again")
     def rollback(user: User = admin) -> dict[str, Any]:
-        with _answers():
+        with answers():
             version, undone = unlearning.rollback()
             return {"served": version.public(), "undone": undone}
 
     @router.post("/unlearn/finalise", summary="Remove earlier versions; there is no way back")
     def finalise(user: User = admin) -> dict[str, int]:
-        with _answers():
+        with answers():
             return {"removed": unlearning.finalise()}
 
     before = len(server.router.routes)
@@ -231,6 +253,10 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
     routes = server.router.routes
     routes[:] = [*routes[before:], *routes[:before]]
     server.openapi_schema = None  # of before
+
+
+def _clean(task: dict[str, Any], unlearning: Unlearning) -> dict[str, Any]:
+    return {**task, "details": [hidden(line, unlearning.withdrawn) for line in task.get("details", ())]}
 
 
 def _ids(name: str, given: list[str] | str) -> list[str]:

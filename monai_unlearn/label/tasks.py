@@ -19,7 +19,6 @@ from monailabel.utils.others.generic import device_list
 from torch import nn
 
 from monai_unlearn.bundle import device_of
-from monai_unlearn.checkpoint import load_checkpoint
 from monai_unlearn.label.images import image_table
 from monai_unlearn.label.unlearning import Options, Unlearning, read_options
 from monai_unlearn.label.versions import NoModelError, Version
@@ -113,7 +112,7 @@ class Served:
         with self._lock:
             version = self.unlearning.versions.served()
             if self._network is None or self._preprocessing is None or version != self._version:
-                checkpoint = load_checkpoint(version.path)
+                checkpoint = self.unlearning.versions.load(version)
                 bundle = self.unlearning.bundle(version)
                 network, preprocessing = bundle.build("network_def", "preprocessing")
                 checkpoint.load_into(network)
@@ -174,7 +173,9 @@ class Classify(InferTask):
     def __call__(self, request: dict[str, Any]) -> tuple[None, dict[str, Any]]:
         """Classify one image; there is no file to give back."""
         path = request.get("image")
-        if not isinstance(path, str) or not path:
+        # MONAI Label classifies any file of the server that it is given the path of; quarantine is nobody's to see.
+        inside = self.served.unlearning.site.folder.resolve()
+        if not isinstance(path, str) or not path or inside in Path(path).resolve().parents:
             raise HTTPException(404, "There is no such image in the datastore.")
         device = request.get("device")
         try:
@@ -218,7 +219,10 @@ class Membership(ScoringMethod):
             label = _label(row, version)
             if label is None:
                 continue
-            logits = self.served.logits(datastore.get_image_uri(row["image"]), request.get("device"))[1][None]
+            path = unlearning.site.studies / row["file"]
+            if not path.is_file():  # withdrawn meanwhile
+                continue
+            logits = self.served.logits(path, request.get("device"))[1][None]
             score = finding_log_odds(logits, label) if version.multi_label else log_odds(logits, label)
             datastore.update_image_info(
                 row["image"], {SCORE: {"score": round(float(score), 4), "version": version.name}}

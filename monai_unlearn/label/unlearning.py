@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from monai_unlearn.label.images import (
     UnknownImagesError,
     image_table,
     images_of,
+    link_files,
     with_split,
     write_table,
 )
@@ -38,7 +40,7 @@ from monai_unlearn.run import Run
 from monai_unlearn.training import train_model
 from monai_unlearn.workflow import unlearn
 
-__all__ = ["AlreadyWithdrawnError", "BusyError", "Options", "Unlearning", "read_options"]
+__all__ = ["AlreadyWithdrawnError", "BusyError", "Options", "RunFailedError", "Unlearning", "read_options"]
 
 logger = logging.getLogger("monai_unlearn")
 
@@ -46,10 +48,15 @@ logger = logging.getLogger("monai_unlearn")
 OF_THE_SERVER = ("model", "client_id", "user", "gpus", "bundle_path", "local_rank", "multi_gpu", "name", "description")
 REPORT_FILES = ("report.json", "report.html")
 LONGEST = 500
+PATIENCE = 60  # seconds that a run waits for another one, or for a rollback, to end
 
 
 class AlreadyWithdrawnError(RuntimeError):
     """Images that an open request has withdrawn already."""
+
+
+class RunFailedError(RuntimeError):
+    """A run failed, for the reason that its requests have, without anybody's name."""
 
 
 class BusyError(RuntimeError):
@@ -137,6 +144,7 @@ class Unlearning:
         self.work = site.folder / "work"
         # What no log may show; grows while the process lives.
         self.withdrawn = self.quarantine.names()
+        self._receiving = threading.Lock()
 
     # What the server does.
 
@@ -163,18 +171,30 @@ class Unlearning:
             UnknownImagesError: if an id is not there, or nothing is meant.
             AlreadyWithdrawnError: if an open request has them already.
         """
-        found = self.find(datastore, images, patients, request)
-        self.withdrawn |= {*found["patient"], *found["image"], *found["file"]}
-        queued = self.queue.add(
-            source,
-            patients=sorted(found["patient"].unique()),
-            images=sorted(found["image"]),
-            options=dict(options or {}),
-        )
-        self.quarantine.take(queued.id, found, datastore)
-        with self.queue.change(queued.id) as queued:
-            queued.go("resolved", f"{len(queued.images)} images of {len(queued.patients)} patients were withdrawn.")
-        return queued
+        with self._receiving:
+            found = self.find(datastore, images, patients, request)
+            self.withdrawn |= {*found["patient"], *found["image"], *found["file"]}
+            queued = self.queue.add(
+                source,
+                patients=sorted(found["patient"].unique()),
+                images=sorted(found["image"]),
+                options=dict(options or {}),
+            )
+            try:
+                self._withdraw(queued, found, datastore)
+            except BaseException:
+                with self.queue.change(queued.id) as queued:
+                    queued.go("failed", "Its images could not be withdrawn. Try it again, or take it back.")
+                raise
+            with self.queue.change(queued.id) as queued:
+                queued.go("resolved", _withdrawn(found))
+            return queued
+
+    def _withdraw(self, request: QueuedRequest, table: pd.DataFrame, datastore: Datastore) -> None:
+        """Move what of a request's images is still in the datastore, and see that all of them are withdrawn."""
+        self.quarantine.take(request.id, table[table["image"].isin(request.images)], datastore)
+        if not self.quarantine.holds(request.id, request.images):
+            raise ValueError("Images of the request are missing, in the datastore and in quarantine. Take it back.")
 
     def find(
         self,
@@ -203,24 +223,27 @@ class Unlearning:
             if one.state in (*OPEN, "failed") and not one.hashed and names & {*one.patients, *one.images}:
                 raise AlreadyWithdrawnError(
                     f"Request {one.id} has withdrawn these already; it is {one.state}. "
-                    + ("Try it again: POST /unlearn/{id}/retry." if one.state == "failed" else "Follow it there.")
+                    + (f"Try it again: POST /unlearn/{one.id}/retry." if one.state == "failed" else "Follow it there.")
                 )
 
-    def retry(self, id: str) -> QueuedRequest:
+    def retry(self, id: str, datastore: Datastore) -> QueuedRequest:
         """Put a request that failed back into the queue.
 
         Raises:
             UnknownRequestError: if there is none of this id.
             ValueError: if it has not failed, or its images are gone.
         """
+        request = self.queue.get(id)
+        if request.state != "failed":
+            raise ValueError(f"Only a request that failed can be tried again, but this one is {request.state}.")
+        if request.hashed:
+            raise ValueError(
+                "Its images were erased when it was served, so it can't be tried again after a rollback. Train the "
+                "model anew: the datastore no longer has them."
+            )
+        with self._receiving:
+            self._withdraw(request, image_table(datastore, self.site), datastore)
         with self.queue.change(id) as request:
-            if request.state != "failed":
-                raise ValueError(f"Only a request that failed can be tried again, but this one is {request.state}.")
-            if request.hashed:
-                raise ValueError(
-                    "Its images were erased when it was served, so it can't be tried again after a rollback. Train the "
-                    "model anew: the datastore no longer has them."
-                )
             request.go("resolved", "To be tried again.")
         return request
 
@@ -229,39 +252,68 @@ class Unlearning:
 
         Raises:
             UnknownRequestError: if there is none of this id.
-            ValueError: if it is being carried out, or was.
+            ValueError: if it is being carried out, or was, or its images can't return.
         """
-        request = self.queue.get(id)
-        if request.state not in ("received", "resolved", "failed") or request.hashed:
-            raise ValueError(f"A request that is {request.state} can't be taken back.")
-        self.quarantine.give_back(id, datastore)
+        with self.queue.change(id) as request:
+            if request.state not in ("resolved", "failed") or request.hashed:
+                raise ValueError(f"A request that is {request.state} can't be taken back.")
+            if request.state == "resolved":  # from now on no run takes it up
+                request.go("failed", "Being taken back.")
+        with self._receiving:
+            self.quarantine.give_back(id, datastore)
         self.queue.remove(id)
         return request
 
     def stopped(self, message: str) -> None:
         """Note that the run was ended from outside: what it was at has failed, and can be tried again."""
+        current = self.versions.current()
         for one in self.queue.requests():
-            if one.state in ("unlearning", "audited"):
+            if current is not None and one.id in current.requests:
+                self._finish(one, current)
+            elif one.state in ("unlearning", "audited"):
                 with self.queue.change(one.id) as request:
                     request.go("failed", message)
 
-    def recover(self) -> list[QueuedRequest]:
-        """After a crash: finish what was being served, and put back what was at work; returns the latter."""
+    def recover(self, datastore: Datastore) -> list[QueuedRequest]:
+        """After a restart: finish what was being served or withdrawn, and put back what was at work.
+
+        Returns:
+            What is to be carried out now.
+        """
         if self.running():
             return []
         current = self.versions.current()
-        interrupted = []
         for one in self.queue.requests():
-            if current is not None and one.id in current.requests and (one.state == "audited" or not one.hashed):
-                self._serve(one.id, current)
+            if current is not None and one.id in current.requests:
+                self._finish(one, current)
+            elif one.state == "served" and not one.hashed:
+                self._serve(one.id)
             elif one.state in ("unlearning", "audited"):
                 with self.queue.change(one.id) as request:
                     request.go("resolved", "The run was interrupted, and starts again.")
-                interrupted.append(request)
             elif one.state == "received":
                 with self.queue.change(one.id) as request:
                     request.go("failed", "The server ended before its images were withdrawn. Try it again.")
-        return interrupted
+        if current is not None:
+            self._hold_against(current)
+        return [one for one in self.queue.requests() if one.state == "resolved" and one.source == "train"]
+
+    def _finish(self, request: QueuedRequest, current: Version) -> None:
+        """Serve what was published for a request, unless that is done."""
+        if request.state != "served" or not request.hashed:
+            self._serve(request.id, current)
+
+    def _hold_against(self, current: Version) -> None:
+        """Say of each request that was served whether the model that is served now was trained on its images."""
+        trained = {image for image, part in self.versions.trained_on(current).items() if part == "train"}
+        for one in self.queue.requests():
+            if one.hashed and one.state == "served" and trained & set(one.images):
+                with self.queue.change(one.id) as request:
+                    request.go("failed", "Rolled back: the model that is served now was trained on these images.")
+            elif one.hashed and one.state == "failed" and not trained & set(one.images):
+                with self.queue.change(one.id) as request:
+                    request.version = current.name
+                    request.go("served", "The model that is served now was trained without these images.")
 
     def rollback(self) -> tuple[Version, list[str]]:
         """Serve the version before again.
@@ -271,15 +323,14 @@ class Unlearning:
 
         Raises:
             NoModelError: if there is none.
+            ValueError: if it is damaged.
             BusyError: if a run is at work.
         """
         with self._alone():
-            undone = self.versions.served().requests
+            before = {one.id for one in self.queue.requests() if one.state == "served"}
             version = self.versions.rollback()
-            for id in undone:
-                with self.queue.change(id) as request:
-                    request.go("failed", "Rolled back: the model that is served now was trained on these images.")
-        return version, list(undone)
+            self._hold_against(version)
+            return version, [one.id for one in self.queue.requests() if one.id in before and one.state != "served"]
 
     def finalise(self, older_than: timedelta = timedelta(0)) -> int:
         """Remove earlier versions, which were trained on what is forgotten; returns how many.
@@ -299,9 +350,9 @@ class Unlearning:
             return True
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self, patience: float = 0.2) -> Iterator[None]:
         try:
-            with FileLock(str(self.site.folder / "run.lock"), timeout=0.2, thread_local=False):
+            with FileLock(str(self.site.folder / "run.lock"), timeout=patience):
                 yield
         except Timeout:
             raise BusyError("A training or unlearning run is at work. Wait for it (GET /train/), or stop it.") from None
@@ -316,8 +367,9 @@ class Unlearning:
         """
         if self.site.checkpoint is None:
             raise ValueError("The site names no checkpoint to import.")
-        table = with_split(image_table(datastore, self.site))
-        with self._scratch() as folder:
+        waiting = self.quarantine.table(one.id for one in self.queue.requests() if not one.hashed)
+        table = with_split(_joined(image_table(datastore, self.site), waiting))
+        with self._alone(PATIENCE), self._scratch() as folder:
             bundle = self._bundle("train", folder, table, {})
             data = Run.start(bundle).data
             load_checkpoint(self.site.checkpoint).load_into(bundle.build("network"))
@@ -333,13 +385,17 @@ class Unlearning:
         Raises:
             BusyError: if a run is at work.
         """
-        with self._alone(), self._scratch() as folder:
-            table = with_split(image_table(datastore, self.site))
-            bundle = self._bundle("train", folder, table, settings)
+        with self._alone(PATIENCE), self._scratch() as folder:
+            with self.quarantine.moving():
+                datastore.refresh()
+                table = with_split(image_table(datastore, self.site))
+                bundle = self._bundle("train", folder, table, settings)
             run = Run.start(bundle)
             seed = run.settings["seed"]
             model = train_model(bundle, run.model_folder(seed, forget=False), seed, None, "original", "training")
-            return self.versions.publish(model.path, "trained", self._hashed(table), **_about(run.data))
+            version = self.versions.publish(model.path, "trained", self._hashed(table), **_about(run.data))
+            self._hold_against(version)
+            return version
 
     def run(self, datastore: Datastore, options: Options) -> list[QueuedRequest]:
         """Carry out all requests that wait, in one unlearning; returns them as they are afterwards.
@@ -348,58 +404,67 @@ class Unlearning:
             BusyError: if a run is at work.
             NoModelError: if no model is served.
         """
-        with self._alone():
-            waiting = [one.id for one in self.queue.requests() if one.state == "resolved"]
+        with self._alone(PATIENCE):
+            version = self.versions.served()
+            waiting = self.queue.claim()
             if not waiting:
                 logger.info("No deletion request waits.")
                 return []
-            version = self.versions.served()
             try:
                 self._carry_out(waiting, version, datastore, options)
             except Exception as error:
-                self._fail(waiting, self._message(error))
-                raise
+                message = self._message(error)
+                self._fail(waiting, message)
+                raise RunFailedError(message) from None
+            if self.site.finalise_after is not None:
+                self.versions.finalise(self.site.finalise_after)
             return [self.queue.get(id) for id in waiting]
 
     def _carry_out(self, waiting: list[str], version: Version, datastore: Datastore, options: Options) -> None:
-        load_checkpoint(version.path)
-        parts = self.versions.trained_on(version)
-        kept = self._of_the_model(image_table(datastore, self.site), parts)
-        gone = self._of_the_model(self.quarantine.table(waiting), parts)
-        gone = gone[gone["split"] == "train"]
-        if gone.empty:
-            for id in waiting:
-                self._serve(
-                    id, version, "The model was not trained on any of these images: nothing was to be unlearned."
-                )
-            return
+        self.versions.load(version)
         for id in waiting:
-            with self.queue.change(id) as request:
-                request.go("unlearning", f"By {options.method}.")
+            if not self.quarantine.holds(id, self.queue.get(id).images):
+                raise ValueError(f"Images of request {id} are missing in quarantine. Try it again, or take it back.")
+        parts = self.versions.trained_on(version)
         with self._scratch() as folder:
-            self._unlearn(waiting, folder, version, kept, gone, parts, options)
+            with self.quarantine.moving():
+                datastore.refresh()
+                kept = self._of_the_model(image_table(datastore, self.site), parts)
+                gone = self._of_the_model(self.quarantine.table(waiting), parts)
+                gone = gone[gone["split"] == "train"]
+                nobody = gone.empty
+                settings = {} if nobody else self._settings(folder, version, gone, options)
+                table = pd.concat([kept, gone], ignore_index=True)
+                bundle = None if nobody else self._bundle(options.method, folder, table, settings)
+            if bundle is None:
+                for id in waiting:
+                    message = "The model was not trained on any of these images: nothing was to be unlearned."
+                    self._serve(id, version, message)
+            else:
+                self._unlearn(waiting, folder, version, gone, parts, bundle)
+
+    def _settings(self, folder: Path, version: Version, gone: pd.DataFrame, options: Options) -> dict[str, Any]:
+        """Settings of the unlearning's bundle, and the request that it reads."""
+        request = folder / "request.json"
+        write_json({"include": [{"patient": sorted(gone["patient"].unique())}]}, request)
+        return {
+            "original_checkpoint": str(version.path),
+            "forget_request": str(request),
+            "output_dir": str(folder / "run"),
+            "reference": options.reference,
+            "class_names": list(version.class_names),
+            **self._method_settings(options),
+        }
 
     def _unlearn(
         self,
         waiting: list[str],
         folder: Path,
         version: Version,
-        kept: pd.DataFrame,
         gone: pd.DataFrame,
         parts: Mapping[str, str],
-        options: Options,
+        bundle: Bundle,
     ) -> None:
-        request = folder / "request.json"
-        write_json({"include": [{"patient": sorted(gone["patient"].unique())}]}, request)
-        settings = {
-            "original_checkpoint": str(version.path),
-            "forget_request": str(request),
-            "output_dir": str(folder / "run"),
-            "reference": options.reference,
-            "class_names": list(version.class_names),
-        }
-        table = pd.concat([kept, gone], ignore_index=True)
-        bundle = self._bundle(options.method, folder, table, {**settings, **self._method_settings(options)})
         unlearn(bundle)
         report = json.loads((folder / "run" / "report.json").read_text(encoding="utf-8"))
         for id in waiting:
@@ -426,19 +491,22 @@ class Unlearning:
             self._serve(id, published)
         logger.info("Served: version %s.", published.name)
 
-    def _serve(self, id: str, version: Version, message: str | None = None) -> None:
+    def _serve(self, id: str, version: Version | None = None, message: str | None = None) -> None:
         """The last steps of a request, each of which may be repeated after a crash."""
         with self.queue.change(id) as request:
             if request.state != "served":
-                request.version = version.name
+                request.version = None if version is None else version.name
                 request.go("served", request.message if message is None else message)
         self.quarantine.erase(id)
         self.queue.forget_names(id)
 
     def _fail(self, waiting: Collection[str], message: str) -> None:
-        for id in waiting:
-            if self.queue.get(id).state in ("resolved", "unlearning", "audited"):
-                with self.queue.change(id) as request:
+        current = self.versions.current()
+        for one in self.queue.requests():
+            if one.id in waiting and current is not None and one.id in current.requests:
+                self._finish(one, current)
+            elif one.id in waiting and one.state in ("unlearning", "audited"):
+                with self.queue.change(one.id) as request:
                     request.go("failed", message)
 
     def _message(self, error: BaseException) -> str:
@@ -488,11 +556,14 @@ class Unlearning:
         return bundle
 
     def _bundle(self, config: str, folder: Path, table: pd.DataFrame, settings: Mapping[str, Any]) -> Bundle:
-        """A bundle on a table of images."""
+        """A bundle on a table of images, of which the run gets links of its own."""
+        if "label" in table:  # images that nobody has labelled yet
+            table = table[table["label"].notna()]
+        table = link_files(table, self.site.studies, folder / "images")
         write_table(table, folder / "images.csv")
         names = self.site.class_names
         given = {
-            "dataset_dir": str(self.site.studies),
+            "dataset_dir": str(folder / "images"),
             "labels_file": str(folder / "images.csv"),
             "models_dir": str(folder / "models"),
             "class_names": None if names is None else list(names),
@@ -550,6 +621,17 @@ class _DataOf:
 
 def _about(data: Any) -> dict[str, Any]:
     return {"class_names": data.class_names, "channels": data.channels, "multi_label": data.multi_label}
+
+
+def _withdrawn(found: pd.DataFrame) -> str:
+    """What was withdrawn, in numbers."""
+    alone = int((found["patient"] == found["image"]).sum())
+    note = f" {alone} of them name no patient, so nobody else's image goes with them." if alone else ""
+    return f"{len(found)} images of {found['patient'].nunique()} patients were withdrawn.{note}"
+
+
+def _joined(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    return one if other.empty else pd.concat([one, other], ignore_index=True)
 
 
 def _index(table: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from monai_unlearn.checkpoint import file_hash, load_checkpoint
+from monai_unlearn.checkpoint import Checkpoint, file_hash, load_checkpoint
 from monai_unlearn.label.queue import now
 from monai_unlearn.output import new_folder, write_json
 
@@ -110,7 +110,8 @@ class Versions:
         load_checkpoint(checkpoint)
         pointer = self._pointer()
         numbers = [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
-        name = f"{max(numbers, default=0) + 1:04d}"
+        last = 0 if pointer is None else pointer["last"]
+        name = f"{max([*numbers, last]) + 1:04d}"  # no number is used twice, also not after a rollback
         folder = self.folder / name
         with new_folder(folder) as unfinished:
             shutil.copyfile(checkpoint, unfinished / MODEL)
@@ -133,28 +134,46 @@ class Versions:
             raise NoModelError("There is no earlier version to go back to: it was finalised, or there never was one.")
         *earlier, before = pointer["earlier"]
         version = self._read(before)
-        load_checkpoint(version.path)
+        self.load(version)
         self._point(before, earlier)
         shutil.rmtree(self.folder / pointer["current"], ignore_errors=True)
         return version
 
     def finalise(self, older_than: timedelta = timedelta(0)) -> int:
-        """Remove the versions from before, which still hold what was to be forgotten: there is no way back then.
+        """Remove versions from before, which were trained on what is forgotten: there is no way back to them then.
 
         Args:
-            older_than: how long the present version has to have been served.
+            older_than: how long ago the version after it has to have taken its place.
 
         Returns:
             How many were removed.
         """
         pointer = self._pointer()
-        if pointer is None or datetime.now(timezone.utc) - datetime.fromisoformat(pointer["since"]) < older_than:
+        if pointer is None:
             return 0
-        self._point(pointer["current"], [], pointer["since"])
-        gone = [path for path in self.folder.iterdir() if path.name.isdecimal() and path.name != pointer["current"]]
+        names = [*pointer["earlier"], pointer["current"]]
+        ended = dict(zip(names, (datetime.fromisoformat(self._read(after).at) for after in names[1:])))
+        now_ = datetime.now(timezone.utc)
+        kept = [name for name in pointer["earlier"] if now_ - ended[name] < older_than]
+        self._point(pointer["current"], kept)
+        gone = [path for path in self.folder.iterdir() if path.name.isdecimal() and path.name not in (*kept, names[-1])]
         for path in gone:
             shutil.rmtree(path)
         return len(gone)
+
+    def load(self, version: Version) -> Checkpoint:
+        """A version's weights.
+
+        Raises:
+            ValueError: if the file is damaged, or is another than was published.
+        """
+        checkpoint = load_checkpoint(version.path)
+        if file_hash(version.path) != version.sha256:
+            raise ValueError(
+                f"{version.path.name} of version {version.name} could not be read as a checkpoint that was published "
+                "here: it was changed since. Restore it from your backup."
+            )
+        return checkpoint
 
     def _pointer(self) -> dict[str, Any] | None:
         path = self.folder / POINTER
@@ -162,17 +181,23 @@ class Versions:
             return None
         try:
             pointer = json.loads(path.read_text(encoding="utf-8"))
-            return {"current": str(pointer["current"]), "earlier": list(pointer["earlier"]), "since": pointer["since"]}
+            return {
+                "current": str(pointer["current"]),
+                "earlier": list(pointer["earlier"]),
+                "last": int(pointer["last"]),
+            }
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise NoModelError(
                 f"{POINTER} of the model's versions is damaged ({type(error).__name__}): restore it from your backup. "
-                f"It names one of the folders beside it: {{'current': '0001', 'earlier': [], 'since': '{now()}'}}."
+                "It names one of the folders beside it: {'current': '0001', 'earlier': [], 'last': 1}."
             ) from None
 
-    def _point(self, current: str, earlier: list[str], since: str | None = None) -> None:
+    def _point(self, current: str, earlier: list[str]) -> None:
+        before = self._pointer() if (self.folder / POINTER).exists() else None
+        last = max(int(current), 0 if before is None else before["last"])
         part = self.folder / f".{POINTER}.part{os.getpid()}"
         try:
-            write_json({"current": current, "earlier": earlier, "since": since or now()}, part)
+            write_json({"current": current, "earlier": earlier, "last": last}, part)
             os.replace(part, self.folder / POINTER)
         finally:
             part.unlink(missing_ok=True)

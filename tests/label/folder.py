@@ -19,6 +19,20 @@ class Folder:
         files = {path.name.partition(".")[0]: path for path in sorted(self.path.iterdir()) if path.is_file()}
         self.infos = {id: self.infos.get(id, {"ts": 1, "name": path.name}) for id, path in files.items()}
 
+    def json(self) -> dict[str, Any]:
+        labels = self.path / "labels"
+        found: dict[str, dict[str, Any]] = {id: {} for id in self.infos}
+        for file in labels.glob("*/*"):
+            id, dot, ending = file.name.partition(".")
+            if id in found:
+                found[id][file.parent.name] = {"ext": dot + ending, "info": {}}
+        return {
+            "objects": {
+                id: {"image": {"ext": info["name"][len(id) :], "info": copy.deepcopy(info)}, "labels": found[id]}
+                for id, info in self.infos.items()
+            }
+        }
+
     def list_images(self) -> list[str]:
         return list(self.infos)
 

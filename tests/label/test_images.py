@@ -17,6 +17,7 @@ from monai_unlearn.label.images import (
     UnknownImagesError,
     image_table,
     images_of,
+    link_files,
     with_split,
     write_table,
 )
@@ -50,6 +51,45 @@ def test_the_datastores_info_goes_before(studies: Path) -> None:
     assert table.loc["scan0000b", ["oedema", "fracture"]].tolist() == ["1", "0"]
     assert "strategy" not in table
     assert "ts" not in table
+
+
+def test_clients_do_not_decide_which_file_is_moved(studies: Path) -> None:
+    folder = Folder(studies)
+    objects = folder.json()
+    objects["objects"]["scan0000a"]["image"]["info"]["name"] = "scan0001a.dcm"
+    folder.json = lambda: objects  # type: ignore[method-assign]
+    table = image_table(folder, Site(studies)).set_index("image")
+    assert table.loc["scan0000a", "file"] == "scan0000a.dcm"
+    quarantine = Quarantine(studies / ".unlearning" / "q", studies)
+    for bad in ("../x", ".unlearning", "a/b", ".."):
+        row = pd.DataFrame([{"image": "scan0000a", "file": bad, "patient": "p"}])
+        with pytest.raises(ValueError, match="in the datastore's folder itself"):
+            quarantine.take("r1", row, folder)
+
+
+def test_the_table_of_labels_goes_before_the_header(studies: Path) -> None:
+    """A scanner's pseudonym in the header is not whom the site knows."""
+    labels = pd.read_csv(studies.parent / "labels.csv")
+    labels["patient"] = [f"REAL-{i // 4}" for i in range(len(labels))]
+    labels.to_csv(studies.parent / "labels.csv", index=False)
+    table = image_table(Folder(studies), Site(studies, labels_file=studies.parent / "labels.csv"))
+    assert table["patient"].tolist() == labels["patient"].tolist()
+
+
+def test_labels_by_patient_meet_the_headers(studies: Path) -> None:
+    labels = pd.read_csv(studies.parent / "labels.csv").drop_duplicates("patient").drop(columns="file")
+    labels.to_csv(studies.parent / "labels.csv", index=False)
+    table = image_table(Folder(studies), Site(studies, labels_file=studies.parent / "labels.csv"))
+    assert table["label"].notna().all()
+
+
+def test_a_run_has_links_of_its_own_under_names_that_say_nothing(studies: Path, tmp_path: Path) -> None:
+    table = image_table(Folder(studies), Site(studies))
+    linked = link_files(table, studies, tmp_path / "run")
+    assert linked["file"].tolist()[:2] == ["000000.dcm", "000001.dcm"]
+    before = (studies / "scan0000a.dcm").read_bytes()
+    (studies / "scan0000a.dcm").unlink()
+    assert (tmp_path / "run" / "000000.dcm").read_bytes() == before
 
 
 def test_an_image_without_a_patient_is_a_patient_of_its_own(tmp_path: Path) -> None:
@@ -118,20 +158,20 @@ def test_quarantine_moves_and_gives_back(studies: Path) -> None:
 
 
 def test_erasing_leaves_nothing(studies: Path) -> None:
-    folder, quarantine = Folder(studies), Quarantine(studies / "q", studies)
+    folder, quarantine = Folder(studies), Quarantine(studies / ".unlearning" / "q", studies)
     quarantine.take("r1", images_of(image_table(folder, Site(studies)), ["scan0001a"], []), folder)
     assert quarantine.erase("r1") == 2
-    assert list((studies / "q").iterdir()) == []
+    assert list((studies / ".unlearning" / "q").iterdir()) == []
     assert quarantine.erase("r1") == 0
 
 
 def test_a_link_is_taken_and_not_what_it_points_to(studies: Path, tmp_path: Path) -> None:
     archive = tmp_path / "archive.dcm"
     (studies / "scan0003a.dcm").rename(archive)
-    (studies / "scan0003a.dcm").symlink_to(archive)
-    folder, quarantine = Folder(studies), Quarantine(studies / "q", studies)
+    (studies / "scan0003a.dcm").symlink_to(Path("..") / "archive.dcm")
+    folder, quarantine = Folder(studies), Quarantine(studies / ".unlearning" / "q", studies)
     quarantine.take("r1", images_of(image_table(folder, Site(studies)), ["scan0003a"], []), folder)
-    assert archive.is_file()
+    assert (studies / ".unlearning" / "q" / "r1" / "files" / "scan0003a.dcm").resolve() == archive
     quarantine.erase("r1")
     assert archive.is_file()
 
@@ -139,7 +179,7 @@ def test_a_link_is_taken_and_not_what_it_points_to(studies: Path, tmp_path: Path
 def test_what_was_moved_half_way_is_finished(studies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    folder, quarantine = Folder(studies), Quarantine(studies / "q", studies)
+    folder, quarantine = Folder(studies), Quarantine(studies / ".unlearning" / "q", studies)
     table = images_of(image_table(folder, Site(studies)), [], ["PAT-0001", "PAT-0002"])
     moved, real = [], os.replace
 

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,13 @@ def test_several_processes_add_without_losing_one(tmp_path: Path) -> None:
     assert [process.wait(120) for process in processes] == [0, 0, 0]
     requests = Queue(tmp_path).requests()
     assert len({request.id for request in requests}) == 60
+
+
+def test_several_threads_add_without_losing_one(tmp_path: Path) -> None:
+    queue = Queue(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        added = list(pool.map(lambda _: queue.add("train").id, range(80)))
+    assert sorted(added) == sorted(request.id for request in queue.requests())
 
 
 @given(names=st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=5, unique=True))

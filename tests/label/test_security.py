@@ -79,9 +79,12 @@ ADMIN = [
     ("DELETE", "/unlearn/r000000000000"),
     ("POST", "/unlearn/rollback"),
     ("POST", "/unlearn/finalise"),
+    ("PUT", "/model/classifier"),
+    ("DELETE", "/model/classifier"),
 ]
 USER = [
     ("GET", "/unlearn/"),
+    ("GET", "/train/"),
     ("GET", "/unlearn/r000000000000"),
     ("GET", "/unlearn/r000000000000/report.json"),
     ("GET", "/unlearn/r000000000000/report.html"),

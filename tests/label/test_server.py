@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -237,14 +238,38 @@ def test_a_corrupt_checkpoint_is_said_and_the_request_waits(server: Server) -> N
     assert server.until(id, "served", "failed")["state"] == "served"
 
 
-def test_a_full_disk_is_said(server: Server) -> None:
+def test_a_full_disk_is_said_and_nothing_is_lost(server: Server) -> None:
     """A file in the place of the folder where images go: writing there fails as on a full disk."""
-    (server.studies / ".unlearning" / "quarantine").write_text("")
+    place = server.studies / ".unlearning" / "quarantine"
+    place.write_text("")
     status, content = server.call("POST", "/train/unlearn", {"patients": "PAT-0003"})
     assert status == 507, content
     assert "could not write" in content["detail"]
     assert server.get("/datastore/")["total"] == 80
     assert server.infer("scan0003a")["version"] == "0001"
+    (request,) = server.get("/unlearn/")["requests"]
+    assert request["state"] == "failed"
+    place.unlink()
+    assert server.call("POST", f"/unlearn/{request['id']}/retry")[0] == 200
+    assert server.until(request["id"], "served", "failed")["state"] == "served"
+
+
+def test_nobody_sees_quarantine_or_changes_the_served_model(server: Server) -> None:
+    _, content = server.call("DELETE", "/datastore/image?id=scan0003a")
+    id = content["unlearning"]["id"]
+    inside = server.studies / ".unlearning" / "quarantine" / id / "files" / "scan0003a.dcm"
+    assert inside.is_file()
+    assert server.call("POST", f"/infer/opacity?image={inside}", form={"params": "{}"})[0] == 404
+    assert server.call("PUT", "/model/opacity", form={"file": ("model.pt", b"x")})[0] == 409
+    assert server.call("DELETE", "/model/opacity")[0] == 409
+    # A task that is killed does not leave its request behind.
+    _, task = server.call("POST", "/train/unlearn", QUICK)
+    server.until(id, "unlearning")
+    subprocess.run(["pkill", "-9", "-P", str(server.process.pid), "-f", "interfaces.utils.app"], check=True)
+    server.wait(task["id"])
+    server.get("/unlearn/")
+    request = server.get(f"/unlearn/{id}")
+    assert (request["state"], request["message"][:37]) == ("failed", "The run ended before its time: it was")
 
 
 def test_volumes_of_nifti_files(tmp_path: Path) -> None:

@@ -20,7 +20,14 @@ from studies import write_studies
 from monai_unlearn.label.images import UnknownImagesError
 from monai_unlearn.label.queue import QueuedRequest, UnknownRequestError
 from monai_unlearn.label.site import Accept, Site, read_site
-from monai_unlearn.label.unlearning import AlreadyWithdrawnError, BusyError, Options, Unlearning, read_options
+from monai_unlearn.label.unlearning import (
+    AlreadyWithdrawnError,
+    BusyError,
+    Options,
+    RunFailedError,
+    Unlearning,
+    read_options,
+)
 from monai_unlearn.label.versions import NoModelError
 
 METHODS = ("auto", "saliency")
@@ -158,7 +165,7 @@ def test_a_model_that_is_not_accepted_is_not_served(root: Path, folder: Folder) 
     assert (strict.report_folder(queued.id) / "report.html").is_file()
     # With other thresholds the same request is tried again.
     easy = _of(root)
-    easy.retry(queued.id)
+    easy.retry(queued.id, folder)
     assert easy.run(folder, QUICK)[0].state == "served"
 
 
@@ -212,7 +219,7 @@ def test_a_corrupt_checkpoint_is_said_and_nothing_is_served_in_its_place(
     path = unlearning.versions.served().path
     path.write_bytes(path.read_bytes()[:500])
     queued = unlearning.receive(folder, "train", patients=["PAT-0003"])
-    with pytest.raises(ValueError, match=r"model.pt could not be read as a checkpoint"):
+    with pytest.raises(RunFailedError, match=r"model.pt could not be read as a checkpoint"):
         unlearning.run(folder, Options())
     assert "could not be read as a checkpoint" in unlearning.queue.get(queued.id).message
     assert len(unlearning.quarantine.rows(queued.id)) == 2
@@ -227,7 +234,7 @@ def test_a_run_that_was_killed_starts_again(root: Path, unlearning: Unlearning, 
             request.go("audited")
     (unlearning.work / "run").mkdir(parents=True)
     again = _of(root)
-    (interrupted,) = again.recover()
+    (interrupted,) = again.recover(folder)
     assert (interrupted.id, interrupted.state, interrupted.options) == (queued.id, "resolved", {"budget": 1.0})
     assert again.run(folder, QUICK)[0].state == "served"
 
@@ -243,11 +250,11 @@ def test_killed_between_publishing_and_serving_it_is_served(
     assert unlearning.versions.served().name == "0002"
     assert unlearning.queue.get(queued.id).state == "audited"
     again = _of(root)
-    assert again.recover() == []
+    assert again.recover(folder) == []
     done = again.queue.get(queued.id)
     assert (done.state, done.version, done.hashed) == ("served", "0002", True)
     assert again.quarantine.rows(queued.id) == []
-    assert again.recover() == []
+    assert again.recover(folder) == []
 
 
 def test_rollback_undoes_and_finalise_makes_it_impossible(unlearning: Unlearning, folder: Folder) -> None:
@@ -261,7 +268,7 @@ def test_rollback_undoes_and_finalise_makes_it_impossible(unlearning: Unlearning
     assert request.state == "failed"
     assert "was trained on these images" in request.message
     with pytest.raises(ValueError, match="Its images were erased"):
-        unlearning.retry(queued.id)
+        unlearning.retry(queued.id, folder)
     unlearning.receive(folder, "train", patients=["PAT-0005"])
     unlearning.run(folder, QUICK)
     assert unlearning.finalise() == 1
@@ -269,7 +276,8 @@ def test_rollback_undoes_and_finalise_makes_it_impossible(unlearning: Unlearning
         unlearning.rollback()
 
 
-def test_only_one_run_at_a_time(unlearning: Unlearning, folder: Folder) -> None:
+def test_only_one_run_at_a_time(unlearning: Unlearning, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monai_unlearn.label.unlearning.PATIENCE", 0.1)
     unlearning.receive(folder, "train", patients=["PAT-0003"])
     assert not unlearning.running()
     with FileLock(str(unlearning.site.folder / "run.lock")):
@@ -282,7 +290,7 @@ def test_only_one_run_at_a_time(unlearning: Unlearning, folder: Folder) -> None:
         ):
             with pytest.raises(BusyError, match="at work"):
                 act()
-        assert unlearning.recover() == []
+        assert unlearning.recover(folder) == []
     assert unlearning.run(folder, QUICK)[0].state == "served"
 
 
@@ -301,9 +309,98 @@ def test_who_means_nobody(unlearning: Unlearning, folder: Folder) -> None:
         unlearning.receive(folder, "train", patients=["PAT-9999"])
     assert unlearning.queue.requests() == []
     assert unlearning.run(folder, Options()) == []
-    for act in (unlearning.retry, unlearning.report_folder, lambda id: unlearning.cancel(id, folder)):
+    for act in (
+        lambda id: unlearning.retry(id, folder),
+        unlearning.report_folder,
+        lambda id: unlearning.cancel(id, folder),
+    ):
         with pytest.raises(UnknownRequestError):
             act("r0")
+
+
+def test_a_patient_who_withdraws_while_a_run_is_at_work_does_not_disturb_it(
+    unlearning: Unlearning, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import monai_unlearn.label.unlearning as module
+
+    real, later = module.unlearn, []
+
+    def unlearn(bundle: object) -> None:
+        later.append(unlearning.receive(Folder(folder.path), "train", patients=["PAT-0007"]).id)
+        real(bundle)
+
+    monkeypatch.setattr(module, "unlearn", unlearn)
+    unlearning.receive(folder, "train", patients=["PAT-0003"])
+    assert unlearning.run(folder, QUICK)[0].state == "served"
+    assert unlearning.queue.get(later[0]).state == "resolved"
+    monkeypatch.setattr(module, "unlearn", real)
+    assert unlearning.run(folder, QUICK)[0].id == later[0]
+
+
+def test_a_withdrawal_that_broke_off_is_finished_by_the_next_try(
+    root: Path, unlearning: Unlearning, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(unlearning.quarantine), "take", full)
+        with pytest.raises(OSError, match="No space"):
+            unlearning.receive(folder, "train", patients=["PAT-0003"])
+    (request,) = unlearning.queue.requests()
+    assert request.state == "failed"
+    assert len(folder.list_images()) == 80
+    unlearning.retry(request.id, folder)
+    assert len(folder.list_images()) == 78
+    # Nothing is ever served of which the images are not at hand.
+    unlearning.quarantine.erase(request.id)
+    with pytest.raises(RunFailedError, match="are missing in quarantine"):
+        unlearning.run(folder, QUICK)
+    with pytest.raises(ValueError, match="are missing, in the datastore and in quarantine"):
+        unlearning.retry(request.id, folder)
+    # Killed before anything was moved: the restart says so.
+    (folder.path / "scan0003a.dcm").write_bytes(b"x")
+    with unlearning.queue._all() as requests:
+        requests[0].state = "received"
+    assert _of(root).recover(folder) == []
+    assert unlearning.queue.get(request.id).state == "failed"
+
+
+def test_a_request_that_a_run_has_begun_can_not_be_taken_back(unlearning: Unlearning, folder: Folder) -> None:
+    queued = unlearning.receive(folder, "datastore", patients=["PAT-0003"])
+    assert unlearning.queue.claim() == [queued.id]
+    assert unlearning.queue.claim() == []
+    with pytest.raises(ValueError, match="that is unlearning can't be taken back"):
+        unlearning.cancel(queued.id, folder)
+    unlearning.stopped("It was killed.")
+    assert unlearning.queue.get(queued.id).message == "It was killed."
+    shutil.copy(folder.path / "scan0001a.dcm", folder.path / "scan0003a.dcm")  # sent again meanwhile
+    with pytest.raises(ValueError, match="1 of 2 images can't return"):
+        unlearning.cancel(queued.id, folder)
+    (folder.path / "scan0003a.dcm").unlink()
+    unlearning.cancel(queued.id, folder)
+    assert len(folder.list_images()) == 80
+
+
+def test_a_model_trained_anew_without_them_serves_those_who_were_rolled_back(
+    unlearning: Unlearning, folder: Folder
+) -> None:
+    queued = unlearning.receive(folder, "train", patients=["PAT-0003"])
+    unlearning.run(folder, QUICK)
+    unlearning.rollback()
+    assert unlearning.queue.get(queued.id).state == "failed"
+    version = unlearning.train(folder, {"train_epochs": 1})
+    assert version.name == "0003"  # numbers are not used again
+    request = unlearning.queue.get(queued.id)
+    assert (request.state, request.version) == ("served", "0003")
+    assert unlearning.rollback()[1] == [queued.id]
+
+
+def test_images_without_a_label_are_left_out_of_training(unlearning: Unlearning, folder: Folder) -> None:
+    for name in ("new1", "new2"):
+        shutil.copy(folder.path / "scan0001a.dcm", folder.path / f"{name}.dcm")
+    folder.refresh()
+    assert unlearning.train(folder, {"train_epochs": 1}).made == "trained"
 
 
 def test_without_a_model_the_request_waits(tmp_path: Path) -> None:
