@@ -241,6 +241,7 @@ def test_a_corrupt_checkpoint_is_said_and_the_request_waits(server: Server) -> N
 def test_a_full_disk_is_said_and_nothing_is_lost(server: Server) -> None:
     """A file in the place of the folder where images go: writing there fails as on a full disk."""
     place = server.studies / ".unlearning" / "quarantine"
+    place.rmdir()
     place.write_text("")
     status, content = server.call("POST", "/train/unlearn", {"patients": "PAT-0003"})
     assert status == 507, content
