@@ -110,11 +110,6 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
     router = APIRouter(tags=["Unlearning"], responses=ERRORS)
     admin, user = Depends(RBAC(ADMIN)), Depends(RBAC(USER))
 
-    def take(source: str, order: Order, options: dict[str, Any]) -> QueuedRequest:
-        images, patients = _ids("images", order.images), _ids("patients", order.patients)
-        stored = _stored(order.request) if isinstance(order.request, dict) else None
-        return unlearning.receive(datastore, source, images, patients, stored, options)
-
     @router.post(f"/train/{TASK}", summary="Forget images or patients")
     def forget(order: Order | None = None, user: User = admin) -> dict[str, Any]:
         return carry_out(order or Order())
@@ -162,9 +157,7 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
             if chosen.dry_run:
                 if not anybody:
                     raise ValueError("A dry run should name images or patients.")
-                stored = _stored(order.request) if isinstance(order.request, dict) else None
-                images, patients = _ids("images", order.images), _ids("patients", order.patients)
-                found = unlearning.find(datastore, images, patients, stored)
+                found = unlearning.find(datastore, *_meant(order))
                 return {"dry_run": True, "n_images": len(found), "n_patients": int(found["patient"].nunique())}
             unlearning.versions.served()
             if isinstance(order.request, str) and order.request:
@@ -174,7 +167,7 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
                 if queued.state != "resolved":
                     raise BusyError(f"Request {queued.id} is {queued.state} already.")
             elif anybody:
-                queued = take("train", order, options)
+                queued = unlearning.receive(datastore, "train", *_meant(order), options)
             else:
                 waiting = [one for one in unlearning.queue.requests() if one.state == "resolved"]
                 if not waiting:
@@ -193,7 +186,7 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
     @router.delete("/datastore/image", summary="Withdraw a patient's images, to be forgotten by the next run")
     def remove_image(id: Annotated[str, Query(min_length=1)], user: User = admin) -> dict[str, Any]:
         with answers():
-            return {"unlearning": take("datastore", Order(images=[id]), {}).public()}
+            return {"unlearning": unlearning.receive(datastore, "datastore", images=[id]).public()}
 
     @router.get("/unlearn/", summary="The queue and the versions of the model")
     def queue(user: User = user) -> dict[str, Any]:
@@ -259,6 +252,12 @@ def _clean(task: dict[str, Any], unlearning: Unlearning) -> dict[str, Any]:
     return {**task, "details": [hidden(line, unlearning.withdrawn) for line in task.get("details", ())]}
 
 
+def _meant(order: Order) -> tuple[list[str], list[str], DeletionRequest | None]:
+    """Images, patients and rules of an order."""
+    stored = _stored(order.request) if isinstance(order.request, dict) else None
+    return _ids("images", order.images), _ids("patients", order.patients), stored
+
+
 def _ids(name: str, given: list[str] | str) -> list[str]:
     ids = [part.strip() for part in given.split(",")] if isinstance(given, str) else given
     if len(ids) > MOST_IDS:
@@ -279,5 +278,5 @@ def _stored(content: dict[str, Any]) -> DeletionRequest:
 
 def _shown(unlearning: Unlearning, request: QueuedRequest) -> dict[str, Any]:
     reports = [f"/unlearn/{request.id}/report.{kind}" for kind in ("json", "html")]
-    there = (unlearning.report_folder(request.id) / "report.json").is_file()
+    there = (unlearning.reports / request.id / "report.json").is_file()
     return {**request.public(), "reports": reports if there else []}

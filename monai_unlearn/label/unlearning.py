@@ -142,6 +142,7 @@ class Unlearning:
         self.versions = Versions(site.folder / "versions")
         self.quarantine = Quarantine(site.folder / "quarantine", site.studies)
         self.work = site.folder / "work"
+        self.reports = site.folder / "reports"
         # What no log may show; grows while the process lives.
         self.withdrawn = self.quarantine.names()
         self._receiving = threading.Lock()
@@ -547,7 +548,7 @@ class Unlearning:
 
     def report_folder(self, id: str) -> Path:
         """Where a request's reports lie."""
-        return self.site.folder / "reports" / self.queue.get(id).id
+        return self.reports / self.queue.get(id).id
 
     def bundle(self, version: Version) -> Bundle:
         """The bundle of the model that is served, for its network and its transforms; no data is read."""
