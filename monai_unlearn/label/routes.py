@@ -249,7 +249,8 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
 
 
 def _clean(task: dict[str, Any], unlearning: Unlearning) -> dict[str, Any]:
-    return {**task, "details": [hidden(line, unlearning.withdrawn) for line in task.get("details", ())]}
+    lines = list(task.get("details", ()))  # at once, as the task's thread goes on writing
+    return {**task, "details": [hidden(line, unlearning.withdrawn) for line in lines]}
 
 
 def _meant(order: Order) -> tuple[list[str], list[str], DeletionRequest | None]:

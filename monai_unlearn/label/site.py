@@ -27,8 +27,8 @@ class Accept:
 
     Args:
         test_loss: by how much test accuracy (mean AUROC of findings) may fall below the present model's, in [0, 1].
-        attack_auc: the highest AUC of telling forgotten images from unseen ones, at the lower end of its interval; 1
-            asks for nothing.
+        attack_auc: how well forgotten images may be told from unseen ones, whichever way: the attack's AUC, or 1 less
+            it, at the end of its interval that is nearer to 0.5; in [0.5, 1], where 1 asks for nothing.
         verdicts: verdicts of the audit that are accepted; all of them by default.
     """
 
@@ -170,6 +170,8 @@ def _accept(given: Any) -> Accept:
             raise ValueError(f"There is no threshold {name!r}.{hint(name, known)} There are: {', '.join(known)}.")
         if name == "verdicts":
             _strings(name, value)
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"{name} should be a number in [0, 1], but got {value!r}.")
+            continue
+        low = 0.5 if name == "attack_auc" else 0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= 1:
+            raise ValueError(f"{name} should be a number in [{low}, 1], but got {value!r}.")
     return Accept(**{**given, "verdicts": tuple(given.get("verdicts", ()))})

@@ -472,7 +472,7 @@ class Unlearning:
             self._keep_report(id, folder / "run")
             with self.queue.change(id) as one:
                 one.go("audited", _figures(report))
-                one.notes = list(report["notes"])
+                one.notes = [*report["notes"], *self._not_judged(report)]
         refused = self._refusal(report)
         if refused is not None:
             self._fail(waiting, refused)
@@ -527,16 +527,33 @@ class Unlearning:
                 f"Not accepted: test {figure} fell from {percent(before)} to {percent(after)} %, by more than the "
                 f"{percent(accept.test_loss)} points that `accept` allows. The model before is still served."
             )
-        low = models["unlearned"]["attack"]["low"]
-        if low is not None and low > accept.attack_auc:
-            return (
-                f"Not accepted: forgotten images can be told from unseen ones with an AUC of at least {low:.3f}, above "
-                f"the {accept.attack_auc:g} of `accept`. The model before is still served."
-            )
+        attack = models["unlearned"]["attack"]
+        if attack["low"] is not None and attack["high"] is not None:
+            # Images that fit worse than unseen ones give themselves away just as well.
+            apart = max(attack["low"], 1 - attack["high"])
+            if apart > accept.attack_auc:
+                return (
+                    f"Not accepted: forgotten images can be told from unseen ones with an AUC of at least {apart:.3f}, "
+                    f"above the {accept.attack_auc:g} of `accept`. The model before is still served."
+                )
         answer = report["audit"]["verdict"]["answer"] if report["audit"] else None
         if accept.verdicts and answer not in accept.verdicts:
             return f"Not accepted: the audit's verdict is {answer}. The model before is still served."
         return None
+
+    def _not_judged(self, report: Mapping[str, Any]) -> list[str]:
+        """What `accept` asks for and the report has no figure for: said, and not held against the model."""
+        accept, unlearned = self.site.accept, report["models"]["unlearned"]
+        figure = "auroc" if report["task"] == "multi-label" else "accuracy"
+        notes = []
+        if unlearned["test"][figure] is None:
+            notes.append(f"`test_loss` of `accept` was not judged: there is no test {figure} of so few images.")
+        if accept.attack_auc < 1 and unlearned["attack"]["low"] is None:
+            notes.append(
+                "`attack_auc` of `accept` was not judged: the attack has no interval for so few patients. Carry out "
+                "several requests at once where that matters."
+            )
+        return notes
 
     def _keep_report(self, id: str, run: Path) -> None:
         folder = self.report_folder(id)

@@ -129,10 +129,10 @@ class Server:
         assert status == 200, (path, status, content)
         return content
 
-    def infer(self, image: str) -> dict[str, Any]:
+    def infer(self, image: str, model: str = "opacity") -> dict[str, Any]:
         """Classify an image of the datastore."""
         status, content = self.call(
-            "POST", f"/infer/opacity?image={urllib.parse.quote(image)}&output=json", form={"params": "{}"}
+            "POST", f"/infer/{model}?image={urllib.parse.quote(image)}&output=json", form={"params": "{}"}
         )
         assert status == 200, content
         return content

@@ -93,3 +93,39 @@ def write_studies(folder: Path, kind: str = "dicom", patients: int = 80, size: i
     }
     (folder.parent / "site.json").write_text(json.dumps(site, indent=1), encoding="utf-8")
     return folder
+
+
+def write_findings(folder: Path, patients: int = 40, size: int = 16, seed: int = 0) -> Path:
+    """DICOM files with two findings, each a bright block of its own; some are not mentioned.
+
+    Args:
+        folder: made anew; ``labels.csv`` and ``site.json`` lie beside it.
+        patients: how many, with two images each.
+        size: edge in pixels.
+        seed: of the pixels.
+    """
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    rows = []
+    for number in range(patients):
+        split = "train" if number < 0.6 * patients else "validation" if number < 0.8 * patients else "test"
+        for view in range(2):
+            findings = generator.integers(2, size=2)
+            pixels = picture(generator, 0, (size, size))
+            pixels[: size // 3, : size // 3] += 900 * findings[0].astype(np.int16)
+            pixels[-(size // 3) :, -(size // 3) :] += 900 * findings[1].astype(np.int16)
+            file = f"scan{number:04d}{'ab'[view]}.dcm"
+            write_dicom(folder / file, f"PAT-{number:04d}", pixels.clip(0, 4095), "FM"[number % 2])
+            known = ["" if generator.random() < 0.1 else str(value) for value in findings]
+            rows.append({"file": file, "split": split, "Cardiomegaly": known[0], "Edema": known[1]})
+    pd.DataFrame(rows).to_csv(folder.parent / "labels.csv", index=False)
+    site = {
+        "model": "chest",
+        "labels_file": "labels.csv",
+        "class_names": ["Cardiomegaly", "Edema"],
+        "multi_label": True,
+        "options": {**OPTIONS, "image_size": [size, size], "network_def": NETWORK},
+        "accept": {"test_loss": 0.3},
+    }
+    (folder.parent / "site.json").write_text(json.dumps(site, indent=1), encoding="utf-8")
+    return folder

@@ -292,3 +292,23 @@ def test_infer_goes_on_while_unlearning_runs(server: Server) -> None:
     assert server.infer("scan0005a")["version"] in ("0001", "0002")
     assert time.monotonic() - begun < 60
     server.wait(task["id"])
+
+
+WRITING = """
+from collections import deque
+from monai_unlearn.label.routes import _clean
+
+class Busy:
+    @property
+    def withdrawn(self):
+        lines.append("one more line of the task")
+        return {"PAT-0003"}
+
+lines = deque(["PAT-0003 is read", "PAT-0005 is read"], maxlen=20)
+print(_clean({"id": "t", "details": lines}, Busy())["details"])
+"""
+
+
+def test_progress_is_shown_while_the_task_writes() -> None:
+    found = subprocess.run([PYTHON, "-c", WRITING], capture_output=True, text=True)
+    assert "['… is read', 'PAT-0005 is read']" in found.stdout, found.stderr

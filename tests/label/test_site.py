@@ -57,6 +57,7 @@ WRONG = {
     "no json": ("{", "is no JSON"),
     "threshold": ({"accept": {"test_los": 1}}, "no threshold 'test_los'. Did you mean 'test_loss'"),
     "range": ({"accept": {"test_loss": 2}}, r"test_loss should be a number in \[0, 1\], but got 2"),
+    "AUC": ({"accept": {"attack_auc": 0.4}}, r"attack_auc should be a number in \[0.5, 1\], but got 0.4"),
     "bool": ({"accept": {"test_loss": True}}, "test_loss should be a number"),
     "accept": ({"accept": 3}, "accept should be an object"),
     "parts": ({"parts": "dicom"}, "parts should be a list of names"),

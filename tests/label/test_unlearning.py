@@ -170,26 +170,32 @@ def test_a_model_that_is_not_accepted_is_not_served(root: Path, folder: Folder) 
 
 
 REFUSED = {
-    "test_loss": (Accept(test_loss=0.05), (0.9, 0.84), 0.5, "test accuracy fell from 90.0 to 84.0"),
-    "attack": (Accept(attack_auc=0.6), (0.9, 0.9), 0.7, "AUC of at least 0.700, above the 0.6"),
-    "verdict": (Accept(verdicts=("equivalent",)), (0.9, 0.9), 0.5, "verdict is different"),
-    "nothing": (Accept(test_loss=0.07, attack_auc=0.7, verdicts=("different",)), (0.9, 0.84), 0.7, None),
+    "test_loss": (Accept(test_loss=0.05), (0.9, 0.84), (0.4, 0.6), "test accuracy fell from 90.0 to 84.0"),
+    "attack": (Accept(attack_auc=0.6), (0.9, 0.9), (0.7, 0.8), "AUC of at least 0.700, above the 0.6"),
+    "over-forgotten": (Accept(attack_auc=0.6), (0.9, 0.9), (0.1, 0.2), "AUC of at least 0.800, above the 0.6"),
+    "verdict": (Accept(verdicts=("equivalent",)), (0.9, 0.9), (0.4, 0.6), "verdict is different"),
+    "nothing": (Accept(test_loss=0.07, attack_auc=0.7, verdicts=("different",)), (0.9, 0.84), (0.7, 0.8), None),
+    "no figures": (Accept(test_loss=0.0, attack_auc=0.5), (None, None), (None, None), None),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_every_threshold(tmp_path: Path, case: str) -> None:
-    accept, (before, after), low, message = REFUSED[case]
+    accept, (before, after), (low, high), message = REFUSED[case]
     report = {
         "task": "multi-class",
         "models": {
             "original": {"test": {"accuracy": before}},
-            "unlearned": {"test": {"accuracy": after}, "attack": {"low": low}},
+            "unlearned": {"test": {"accuracy": after}, "attack": {"low": low, "high": high}},
         },
         "audit": {"verdict": {"answer": "different"}},
     }
-    found = Unlearning(Site(tmp_path, accept=accept))._refusal(report)
+    unlearning = Unlearning(Site(tmp_path, accept=accept))
+    found = unlearning._refusal(report)
     assert (found is None) if message is None else (message in found)
+    said = " ".join(unlearning._not_judged(report))
+    assert ("`test_loss` of `accept` was not judged" in said) == (after is None)
+    assert ("`attack_auc` of `accept` was not judged" in said) == (low is None)
 
 
 def test_a_run_that_fails_leaves_everything_as_it_was(
