@@ -310,7 +310,11 @@ class Unlearning:
         for one in self.queue.requests():
             if one.hashed and one.state == "served" and trained & set(one.images):
                 with self.queue.change(one.id) as request:
-                    request.go("failed", "Rolled back: the model that is served now was trained on these images.")
+                    request.go(
+                        "failed",
+                        "Rolled back: the model that is served now was trained on these images. They are erased, so "
+                        "only training it anew leaves them out.",
+                    )
             elif one.hashed and one.state == "failed" and not trained & set(one.images):
                 with self.queue.change(one.id) as request:
                     request.version = current.name
@@ -642,10 +646,10 @@ def _about(data: Any) -> dict[str, Any]:
 
 
 def _withdrawn(found: pd.DataFrame) -> str:
-    """What was withdrawn, in numbers."""
+    """What the request's state says beside its numbers."""
     alone = int((found["patient"] == found["image"]).sum())
     note = f" {alone} of them name no patient, so nobody else's image goes with them." if alone else ""
-    return f"{len(found)} images of {found['patient'].nunique()} patients were withdrawn.{note}"
+    return f"Withdrawn from the datastore.{note}"
 
 
 def _joined(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:

@@ -107,7 +107,7 @@ def test_a_person_forgets_a_patient_on_the_page(tmp_path: Path) -> None:
                 f"{TEXT.format('cards')}.includes('0001') && document.getElementById('method').options.length",
             ),
             ("unknown", FILL.format("PAT-<b>") + PRESS.format("dry"), f"{message}.includes('not in the datastore')"),
-            ("meant", FILL.format("PAT-0003") + PRESS.format("dry"), f"{message}.includes('2 images of 1 patients')"),
+            ("meant", FILL.format("PAT-0003") + PRESS.format("dry"), f"{message}.includes('2 images of 1 patient.')"),
             ("asked", FILL.format("PAT-0003") + PRESS.format("go"), "document.querySelectorAll('#requests tr').length"),
             (
                 "served",
