@@ -252,6 +252,7 @@ WRONG = {
     "one reference": ({"reference_models": 1}, "reference_models should be a whole number of at least 2"),
     "no worker": ({"workers": 0}, "workers should be a whole number of at least 1"),
     "tuned": ({"tuned": ["maybe"]}, "tuned should be true, false or both"),
+    "a word for true": ({"tuned": ["true"], "methods": ["auto"]}, "no method has a search_space"),
     "setting": ({"method": "saliency"}, "Did you mean 'methods'"),
 }
 

@@ -191,6 +191,9 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("methods", "parts", "kinds", "fractions", "seeds", "tuned"):
         value = settings[name]
         settings[name] = list(value) if isinstance(value, (list, tuple)) else [value]
+        if name == "tuned":  # on a command line true and false, as JSON has them, are words
+            words = {"true": True, "false": False}
+            settings[name] = [words.get(entry, entry) if isinstance(entry, str) else entry for entry in settings[name]]
         if len(set(map(str, settings[name]))) < len(settings[name]):
             raise ValueError(f"{name} should name each once, but got {value!r}. Leave out what repeats.")
         if not settings[name] and name != "parts":
