@@ -96,7 +96,7 @@ def start(options: dict[str, Any]) -> dict[str, Any]:
     task, message = AsyncTask.run("train", request={"model": TASK}, params=known, enqueue=True)
     if task is None:
         raise HTTPException(429, message)
-    return {name: value for name, value in task.items() if name != "request"}
+    return _without_request(task)
 
 
 def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
@@ -180,7 +180,7 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
         task = AsyncTask.stop("train")
         with answers():
             unlearning.stopped("Stopped. The model before is still served; try again with POST /unlearn/{id}/retry.")
-        return None if task is None else {name: value for name, value in task.items() if name != "request"}
+        return None if task is None else _clean(_without_request(task), unlearning)
 
     @router.delete("/datastore/", include_in_schema=False)
     @router.delete("/datastore/image", summary="Withdraw a patient's images, to be forgotten by the next run")
@@ -246,6 +246,10 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
     routes = server.router.routes
     routes[:] = [*routes[before:], *routes[:before]]
     server.openapi_schema = None  # of before
+
+
+def _without_request(task: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in task.items() if name != "request"}
 
 
 def _clean(task: dict[str, Any], unlearning: Unlearning) -> dict[str, Any]:

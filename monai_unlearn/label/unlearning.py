@@ -523,8 +523,7 @@ class Unlearning:
 
     def _refusal(self, report: Mapping[str, Any]) -> str | None:
         """Why a model is not to be served, or None."""
-        accept, models = self.site.accept, report["models"]
-        figure = "auroc" if report["task"] == "multi-label" else "accuracy"
+        accept, models, figure = self.site.accept, report["models"], _figure(report)
         before, after = (models[name]["test"][figure] for name in ("original", "unlearned"))
         if before is not None and after is not None and before - after > accept.test_loss:
             return (
@@ -547,8 +546,7 @@ class Unlearning:
 
     def _not_judged(self, report: Mapping[str, Any]) -> list[str]:
         """What `accept` asks for and the report has no figure for: said, and not held against the model."""
-        accept, unlearned = self.site.accept, report["models"]["unlearned"]
-        figure = "auroc" if report["task"] == "multi-label" else "accuracy"
+        accept, unlearned, figure = self.site.accept, report["models"]["unlearned"], _figure(report)
         notes = []
         if unlearned["test"][figure] is None:
             notes.append(f"`test_loss` of `accept` was not judged: there is no test {figure} of so few images.")
@@ -665,9 +663,14 @@ def _index(table: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns="image").assign(**whole)
 
 
+def _figure(report: Mapping[str, Any]) -> str:
+    """What a report's task is judged by."""
+    return "auroc" if report["task"] == "multi-label" else "accuracy"
+
+
 def _figures(report: Mapping[str, Any]) -> str:
     """The figures of a report in one line."""
-    figure = "auroc" if report["task"] == "multi-label" else "accuracy"
+    figure = _figure(report)
     before, after = (report["models"][name] for name in ("original", "unlearned"))
     parts = [
         f"{split} {figure} {percent(before[split][figure])} → {percent(after[split][figure])} %"

@@ -54,6 +54,10 @@ def write_dicom(path: Path, patient: str, pixels: np.ndarray, sex: str = "F") ->
     data.save_as(path, write_like_original=False)
 
 
+def _split(number: int, patients: int) -> str:
+    return "train" if number < 0.6 * patients else "validation" if number < 0.8 * patients else "test"
+
+
 def write_studies(folder: Path, kind: str = "dicom", patients: int = 80, size: int = 24, seed: int = 0) -> Path:
     """Two images of each patient, ``labels.csv`` and ``site.json`` beside the folder; returns the folder.
 
@@ -69,7 +73,7 @@ def write_studies(folder: Path, kind: str = "dicom", patients: int = 80, size: i
     rows = []
     for number in range(patients):
         patient = f"PAT-{number:04d}"
-        split = "train" if number < 0.6 * patients else "validation" if number < 0.8 * patients else "test"
+        split = _split(number, patients)
         for view in range(2):
             label = int(generator.integers(2))
             name = f"scan{number:04d}{'ab'[view]}"
@@ -108,7 +112,7 @@ def write_findings(folder: Path, patients: int = 40, size: int = 16, seed: int =
     folder.mkdir(parents=True)
     rows = []
     for number in range(patients):
-        split = "train" if number < 0.6 * patients else "validation" if number < 0.8 * patients else "test"
+        split = _split(number, patients)
         for view in range(2):
             findings = generator.integers(2, size=2)
             pixels = picture(generator, 0, (size, size))

@@ -88,7 +88,7 @@ def test_the_embedded_model_imported_from_its_bundle(tmp_path: Path) -> None:
 
 
 def test_findings_in_a_folder_of_dicom_files(tmp_path: Path) -> None:
-    """As a CheXpert classifier: several findings an image, one of them uncertain or not mentioned here and there."""
+    """As a CheXpert classifier: two findings an image, here and there one that is not mentioned."""
     studies = write_findings(tmp_path / "studies")
     with Server(studies) as server:
         assert server.train("chest", {"max_epochs": 10})["status"] == "DONE"
