@@ -192,13 +192,15 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
     def queue(user: User = user) -> dict[str, Any]:
         with answers():
             after_an_end()
+            # Before the versions: a run publishes first, so that whatever is served here has its version below.
+            requests = [_shown(unlearning, one) for one in unlearning.queue.requests()]
             current = unlearning.versions.current()
             return {
                 "model": unlearning.site.model,
                 "served": None if current is None else current.public(),
                 "earlier": [version.public() for version in unlearning.versions.earlier()],
                 "running": unlearning.running(),
-                "requests": [_shown(unlearning, one) for one in unlearning.queue.requests()],
+                "requests": requests,
             }
 
     @router.get("/unlearn/page", summary="The page", response_class=HTMLResponse)
