@@ -2,7 +2,7 @@
 
 from monai_unlearn.data.augmentation import RandomFlip, RandomShift
 from monai_unlearn.data.chexpert import read_chexpert
-from monai_unlearn.data.dicom import dicom_index, read_dicom
+from monai_unlearn.data.dicom import dicom_index, quiet_pydicom, read_dicom
 from monai_unlearn.data.dicom_pixels import DicomViewReader
 from monai_unlearn.data.image_data import BatchedImages, ImageData, ImageFiles, LabeledImages, make_loader
 from monai_unlearn.data.image_files import FileImages, GreyImage, file_dataset, remove_cached
@@ -40,6 +40,7 @@ __all__ = [
     "matched_loader",
     "matched_rows",
     "people",
+    "quiet_pydicom",
     "read_chexpert",
     "read_dicom",
     "read_labels",

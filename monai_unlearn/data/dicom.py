@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,9 +39,10 @@ try:
 except ImportError:  # pydicom 2.4, which MONAI Label needs
     from pydicom.pixel_data_handlers.util import get_expected_length  # type: ignore[no-redef]
 
-__all__ = ["dicom_index", "read_dicom"]
+__all__ = ["dicom_index", "quiet_pydicom", "read_dicom"]
 
 logger = logging.getLogger(__name__)
+_quiet = threading.Lock()
 
 # Threads gain nothing on a local disk, where pydicom's parsing is the work, and much on a network folder.
 READING_THREADS = 8
@@ -152,7 +154,7 @@ def _index(dataset_dir: str | os.PathLike, level: str, on_broken: str) -> tuple[
         raise ValueError(f"level should be image or series, but got {level!r}.")
     root = existing_folder(dataset_dir)
     files = _files(root)
-    with _quiet_pydicom(), ThreadPoolExecutor(READING_THREADS) as pool:
+    with quiet_pydicom(), ThreadPoolExecutor(READING_THREADS) as pool:
         headers = pool.map(lambda file: _read_header(root / file), files)
         found = list(tqdm(headers, "Headers", len(files), disable=None, leave=False))
     rows = [{"file": file, **header} for file, header in zip(files, found) if isinstance(header, dict)]
@@ -187,17 +189,20 @@ def _files(root: Path) -> list[str]:
 
 
 @contextmanager
-def _quiet_pydicom() -> Iterator[None]:
-    """Without pydicom's warnings, which quote values of the header."""
+def quiet_pydicom() -> Iterator[None]:
+    """Without what pydicom logs and warns of, which quotes values of the header and, where debugging, names files.
+
+    One thread at a time, as level and filters are the process's: the second to leave would put back the first's.
+    """
     log = logging.getLogger("pydicom")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with _quiet, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level = log.level
+        log.setLevel(logging.CRITICAL)
+        try:
             yield
-    finally:
-        log.setLevel(level)
+        finally:
+            log.setLevel(level)
 
 
 def _read_header(path: Path) -> dict[str, Any] | str:

@@ -14,7 +14,7 @@ import pandas as pd
 import pydicom
 from filelock import FileLock
 
-from monai_unlearn.data import read_labels
+from monai_unlearn.data import quiet_pydicom, read_labels
 from monai_unlearn.label.site import Site
 from monai_unlearn.output import write_json
 
@@ -114,8 +114,9 @@ def _header(path: Path) -> dict[str, str]:
     try:
         key = (str(path), path.stat().st_mtime)
         if key not in _headers:
-            data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER.values()))
-            values = {name: str(data.get(keyword) or "").strip() for name, keyword in HEADER.items()}
+            with quiet_pydicom():
+                data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER.values()))
+                values = {name: str(data.get(keyword) or "").strip() for name, keyword in HEADER.items()}
             _headers[key] = {name: value for name, value in values.items() if value}
         return _headers[key]
     except Exception:  # pydicom raises whatever a damaged file makes it trip over; the image has no patient then

@@ -6,8 +6,10 @@ import logging
 import pickle
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from pydicom.uid import (
 )
 
 from monai_unlearn.data import dicom, dicom_pixels
-from monai_unlearn.data.dicom import dicom_index, read_dicom
+from monai_unlearn.data.dicom import dicom_index, quiet_pydicom, read_dicom
 from monai_unlearn.data.dicom_pixels import DicomViewReader, as_displayed
 from monai_unlearn.data.image_data import make_loader
 from monai_unlearn.data.image_files import file_dataset
@@ -112,6 +114,20 @@ def _by_patient(folder: Path) -> Path:
     return _labels(folder, PatientID=[f"P{p:02}" for p in range(20)], label=["sick", "well"] * 10)
 
 
+def test_quiet_ends_where_threads_overlap() -> None:
+    log = logging.getLogger("pydicom")
+    before = log.level, list(warnings.filters)
+
+    def read(_: int) -> int:
+        with quiet_pydicom():
+            time.sleep(0.001)
+            return log.level
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(read, range(40))) == {logging.CRITICAL}
+    assert (log.level, warnings.filters) == before
+
+
 def test_pydicoms_own_files_are_listed_or_counted(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match=r"All .* images should be usable, but got .*--on_broken skip") as error:
         dicom_index(TEST_FILES)
@@ -137,15 +153,12 @@ def test_pydicoms_own_files_are_listed_or_counted(caplog: pytest.LogCaptureFixtu
     assert not set(absent) & set(index.index)
     # Only a damaged JPEG 2000 stream is found out by decoding alone.
     undecodable = []
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    for file in index.index:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+    with quiet_pydicom():
+        for file in index.index:
+            try:
                 _ = pydicom.dcmread(TEST_FILES / file).pixel_array
-        except RuntimeError:
-            undecodable.append(file)
-    logging.getLogger("pydicom").setLevel(logging.NOTSET)
+            except RuntimeError:
+                undecodable.append(file)
     assert undecodable == ["JPEG2000-embedded-sequence-delimiter.dcm"]
 
 

@@ -76,6 +76,7 @@ def test_from_a_request_to_the_served_model(
     unlearning: Unlearning, folder: Folder, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "pydicom")
     before = _weights(unlearning)
     queued = unlearning.receive(folder, "train", images=["scan0003a"], options={"budget": 1.0})
     assert queued.state == "resolved"
