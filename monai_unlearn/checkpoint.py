@@ -144,13 +144,22 @@ def _is_state(content: Mapping) -> bool:
 
 
 def save_atomically(content: object, path: str | os.PathLike) -> None:
-    """``torch.save`` to a file that appears whole or not at all."""
+    """``torch.save`` to a file that appears whole or not at all.
+
+    Raises:
+        OSError: if it can't be written, as on a full disk.
+    """
     path = Path(path)
-    # As an ending, the process's id does not get into the file, as it else would: torch writes the name into it.
     unfinished = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
-        torch.save(content, unfinished)
+        # Given a name, torch writes it into the file, and says "unexpected pos" where the disk is full.
+        with open(unfinished, "wb") as file:
+            torch.save(content, file)
         os.replace(unfinished, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 

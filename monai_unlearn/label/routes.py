@@ -163,7 +163,7 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
             if isinstance(order.request, str) and order.request:
                 queued = unlearning.queue.get(order.request)
                 if queued.state == "failed":
-                    queued = unlearning.retry(queued.id, datastore)
+                    queued = unlearning.retry(queued.id, datastore, options)
                 if queued.state != "resolved":
                     raise BusyError(f"Request {queued.id} is {queued.state} already.")
             elif anybody:
@@ -221,10 +221,12 @@ def mount(server: FastAPI, unlearning: Unlearning, datastore: Any) -> None:
         return FileResponse(path, media_type="application/json" if kind == "json" else "text/html")
 
     @router.post("/unlearn/{id}/retry", summary="Try a request that failed again")
-    def retry(id: Id, user: User = admin) -> dict[str, Any]:
+    def retry(id: Id, options: dict[str, Any] | None = None, user: User = admin) -> dict[str, Any]:
         with answers():
             unlearning.versions.served()
-            queued = unlearning.retry(id, datastore)
+            if read_options(options or {}, unlearning.site.methods).dry_run:
+                raise ValueError("Only a new request can be a dry run.")
+            queued = unlearning.retry(id, datastore, options)
             return {**start(queued.options), "unlearning": queued.public()}
 
     @router.delete("/unlearn/{id}", summary="Take a request back: its images return")

@@ -48,6 +48,7 @@ logger = logging.getLogger("monai_unlearn")
 OF_THE_SERVER = ("model", "client_id", "user", "gpus", "bundle_path", "local_rank", "multi_gpu", "name", "description")
 REPORT_FILES = ("report.json", "report.html")
 LONGEST = 500
+AGAIN = "The model before is still served. Try another method or budget, change `accept`, or take the request back."
 PATIENCE = 60  # seconds that a run waits for another one, or for a rollback, to end
 
 
@@ -102,7 +103,8 @@ def read_options(given: Mapping[str, Any], methods: Collection[str]) -> Options:
         if name in OF_THE_SERVER:
             continue
         if name not in fields:
-            raise ValueError(f"There is no option {name!r}.{hint(name, fields)} There are: {', '.join(fields)}.")
+            known = [*fields, "patients", "images", "request"]
+            raise ValueError(f"There is no option {name!r}.{hint(name, known)} There are: {', '.join(known)}.")
         values[name] = value[0] if isinstance(value, list) and value else value
     if values["method"] not in methods:
         raise ValueError(f"method should be one of {', '.join(methods)}, but got {values['method']!r}.")
@@ -227,8 +229,13 @@ class Unlearning:
                     + (f"Try it again: POST /unlearn/{one.id}/retry." if one.state == "failed" else "Follow it there.")
                 )
 
-    def retry(self, id: str, datastore: Datastore) -> QueuedRequest:
+    def retry(self, id: str, datastore: Datastore, options: Mapping[str, Any] | None = None) -> QueuedRequest:
         """Put a request that failed back into the queue.
+
+        Args:
+            id: the request's.
+            datastore: the app's.
+            options: what is to be other than at the first time.
 
         Raises:
             UnknownRequestError: if there is none of this id.
@@ -245,6 +252,7 @@ class Unlearning:
         with self._receiving:
             self._withdraw(request, image_table(datastore, self.site), datastore)
         with self.queue.change(id) as request:
+            request.options.update(options or {})
             request.go("resolved", "To be tried again.")
         return request
 
@@ -528,7 +536,7 @@ class Unlearning:
         if before is not None and after is not None and before - after > accept.test_loss:
             return (
                 f"Not accepted: test {figure} fell from {percent(before)} to {percent(after)} %, by more than the "
-                f"{percent(accept.test_loss)} points that `accept` allows. The model before is still served."
+                f"{percent(accept.test_loss)} points that `accept` allows. {AGAIN}"
             )
         attack = models["unlearned"]["attack"]
         if attack["low"] is not None and attack["high"] is not None:
@@ -537,11 +545,11 @@ class Unlearning:
             if apart > accept.attack_auc:
                 return (
                     f"Not accepted: forgotten images can be told from unseen ones with an AUC of at least {apart:.3f}, "
-                    f"above the {accept.attack_auc:g} of `accept`. The model before is still served."
+                    f"above the {accept.attack_auc:g} of `accept`. {AGAIN}"
                 )
         answer = report["audit"]["verdict"]["answer"] if report["audit"] else None
         if accept.verdicts and answer not in accept.verdicts:
-            return f"Not accepted: the audit's verdict is {answer}. The model before is still served."
+            return f"Not accepted: the audit's verdict is {answer}. {AGAIN}"
         return None
 
     def _not_judged(self, report: Mapping[str, Any]) -> list[str]:

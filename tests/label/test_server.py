@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -145,9 +147,13 @@ def test_stopped_by_its_owner_it_can_be_tried_again(server: Server) -> None:
     assert server.call("DELETE", "/train/")[0] == 200
     assert server.get(f"/unlearn/{id}")["state"] == "failed"
     assert server.infer("scan0005a")["version"] == "0001"
-    status, task = server.call("POST", f"/unlearn/{id}/retry")
+    for wrong in ({"epoch": 1}, {"dry_run": True}, []):
+        assert server.call("POST", f"/unlearn/{id}/retry", wrong)[0] == 422
+    status, task = server.call("POST", f"/unlearn/{id}/retry", {"method": "random_labeling"})
     assert status == 200
-    assert server.until(id, "served", "failed")["state"] == "served"
+    request = server.until(id, "served", "failed")
+    assert (request["state"], request["options"]) == ("served", {**QUICK, "method": "random_labeling"})
+    assert server.get(f"/unlearn/{id}/report.json")["method"] == "random_labeling"
 
 
 def test_a_request_while_one_runs_waits_behind_it(server: Server) -> None:
@@ -238,8 +244,64 @@ def test_a_corrupt_checkpoint_is_said_and_the_request_waits(server: Server) -> N
     assert server.until(id, "served", "failed")["state"] == "served"
 
 
-def test_a_full_disk_is_said_and_nothing_is_lost(server: Server) -> None:
-    """A file in the place of the folder where images go: writing there fails as on a full disk."""
+@pytest.fixture
+def disk(trained: Path, tmp_path: Path) -> Iterator[Server]:
+    """The site's server, its studies on a disk of their own of 64 MB."""
+    root = Path(shutil.copytree(trained, tmp_path / "site"))
+    (root / "studies").rename(root / "copy")
+    (root / "studies").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(root / "studies")]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("a disk of a limited size can't be mounted here (needs root)")
+    try:
+        shutil.copytree(root / "copy", root / "studies", dirs_exist_ok=True)
+        with Server(root / "studies") as server:
+            yield server
+    finally:
+        subprocess.run(["umount", str(root / "studies")], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 40_000, 400_000])
+def test_a_disk_that_is_really_full_loses_nothing(disk: Server, left: int) -> None:
+    """Whether the request itself, what is copied for the run, or the new model no longer fits."""
+    filler = disk.studies / ".unlearning" / "filler"
+    before = _contents(disk.studies)
+    free = shutil.disk_usage(disk.studies).free
+    filler.write_bytes(bytes(free))
+    os.truncate(filler, free - left)
+    status, content = disk.call("POST", "/train/unlearn", {"patients": "PAT-0003", **QUICK})
+    if left == 0:
+        assert (status, "could not" in content["detail"]) == (507, True), content
+    else:
+        assert status == 200, content
+        request = disk.until(content["unlearning"]["id"], "served", "failed")
+        assert (request["state"], "o space left" in request["message"]) == ("failed", True), request["message"]
+    assert disk.infer("scan0005a")["version"] == "0001"
+    filler.unlink()
+    assert before <= _contents(disk.studies)
+    requests = disk.get("/unlearn/")["requests"]
+    if requests:
+        (request,) = requests
+        assert disk.call("POST", f"/unlearn/{request['id']}/retry")[0] == 200
+    else:
+        status, content = disk.call("POST", "/train/unlearn", {"patients": "PAT-0003", **QUICK})
+        assert status == 200, content
+        request = content["unlearning"]
+    assert disk.until(request["id"], "served", "failed")["state"] == "served"
+    assert disk.get("/datastore/")["total"] == 78
+
+
+def _contents(folder: Path) -> set[str]:
+    """What the images and models in a folder hold, wherever they lie."""
+    return {
+        hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.suffix in (".dcm", ".pt") and path.is_file()
+    }
+
+
+def test_where_images_can_not_be_put_nothing_is_lost(server: Server) -> None:
+    """A file in the place of the folder where images go."""
     place = server.studies / ".unlearning" / "quarantine"
     place.rmdir()
     place.write_text("")

@@ -444,6 +444,7 @@ def test_options_as_clients_send_them() -> None:
 
 WRONG = [
     ({"methd": 1}, "no option 'methd'. Did you mean 'method'"),
+    ({"patiens": ["x"]}, "no option 'patiens'. Did you mean 'patients'"),
     ({"method": "magic"}, "method should be one of auto, saliency, but got 'magic'"),
     ({"budget": 0}, "budget should be a number above 0, but got 0"),
     ({"budget": "nan"}, "budget should be a number above 0"),
