@@ -62,7 +62,7 @@ def _files(
 @pytest.fixture
 def source(tmp_path: Path) -> ImageFiles:
     """Six images of three patients."""
-    return _files(tmp_path / "archive", [0, 1, 2, 0, 1, 2])
+    return _files(tmp_path / "hospital", [0, 1, 2, 0, 1, 2])
 
 
 def _steps(size: int = 8, **options: Any) -> list[Callable]:
@@ -497,7 +497,7 @@ def test_other_transforms_or_another_folder_have_copies_of_their_own(
             assert _same(make("disk", **variant)[0], make("none", **variant)[0])
     assert len(_cached(tmp_path)) == len(variants)
     monkeypatch.chdir(tmp_path)
-    here = ImageFiles(Path("archive"), source.files, source.labels, source.attributes)
+    here = ImageFiles(Path("hospital"), source.files, source.labels, source.attributes)
     assert _same(make("disk", files=here)[0], make("none")[0])
     assert len(_cached(tmp_path)) == len(variants)
 
@@ -514,7 +514,7 @@ def test_the_cache_on_disk_names_no_file_or_patient(
     for name in names:
         content = (tmp_path / "cache" / name).read_bytes()
         assert b"index" in content  # as it is not compressed, a name would be seen
-        for secret in (*SECRETS, "archive"):
+        for secret in (*SECRETS, "hospital"):
             assert secret not in name
             assert secret.encode() not in content
 
