@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -89,13 +89,13 @@ class Bundle:
     Args:
         parser: the workflow's parser, command-line overrides included.
         shipped: the config as the package's own files give it, without overrides.
-        added: the top-level keys of the user's own files.
+        added: the top-level keys of the user's own files, with their values.
     """
 
-    def __init__(self, parser: ConfigParser, shipped: dict, added: Iterable[str] = ()) -> None:
+    def __init__(self, parser: ConfigParser, shipped: dict, added: Mapping[str, Any] | None = None) -> None:
         self._parser = parser
         self._shipped = shipped
-        self._added = set(added)
+        self._added = {key: value for key, value in (added or {}).items() if key not in shipped}
         self._shared: dict[str, Any] = {}
 
     @classmethod
@@ -142,9 +142,12 @@ class Bundle:
             )
         ours = _bundle_folder().resolve()
         own = [file for i, file in enumerate(files) if i == 0 or Path(file).resolve().parent == ours]
-        added = [key for file in files if file not in own for key in ConfigParser.load_config_file(file)]
-        top = (key.lstrip("+").replace("#", "::").split("::")[0] for key in added)
-        return cls(parser, ConfigParser.load_config_files(own), top)
+        added: dict[str, Any] = {}
+        for file in (file for file in files if file not in own):
+            for key, value in ConfigParser.load_config_file(file).items():
+                top, *within = key.lstrip("+").replace("#", "::").split("::")
+                added[top] = {} if within else value
+        return cls(parser, ConfigParser.load_config_files(own), added)
 
     @property
     def config(self) -> dict:
@@ -162,17 +165,18 @@ class Bundle:
         for key in self.config:
             if key in base or key in COMMON_KEYS or (key in self._added and f"@{key}" in text):
                 continue
-            raise ValueError(f"There is no setting {key!r}.{hint(key, base)} Settings: {', '.join(self._settings())}.")
+            nearest, known = hint(key, [*base, *self._added]), ", ".join(self._settings())
+            raise ValueError(f"There is no setting {key!r}.{nearest} Settings: {known}.")
         for path, component in components(self.config):
             _check_arguments(path, component)
         for key in self._settings():
-            self.config[key] = typed(key, self.config[key], base[key])
+            self.config[key] = self.typed(key, self.config[key])
 
     def _settings(self) -> list[str]:
         """The top-level keys that hold a plain value: what a user sets on the command line."""
         return [
             key
-            for key, value in self._shipped.items()
+            for key, value in {**self._shipped, **self._added}.items()
             if not isinstance(value, (dict, list)) and not _is_expression(value) and not key.startswith("_")
         ]
 
@@ -182,14 +186,14 @@ class Bundle:
         Raises:
             ValueError: if it is of another.
         """
-        return typed(key, value, self._shipped.get(key))
+        return typed(key, value, self._shipped.get(key, self._added.get(key)))
 
     def settings(self) -> dict[str, Any]:
         """The settings and their values, those of expressions too."""
         values = {key: self.config[key] for key in self._settings()}
         for key, value in values.items():
             if _is_expression(value):
-                values[key] = typed(key, self.build(key), self._shipped[key])
+                values[key] = self.typed(key, self.build(key))
         return values
 
     def share(self, **objects: Any) -> None:

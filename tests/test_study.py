@@ -36,7 +36,7 @@ from monai_unlearn.study.worker import Done, Work
 pytest_plugins = ["bundle_runs"]
 
 OPTIONS = {**TINY, "train_epochs": 2, "epochs": 1}
-PATIENCE = 120  # seconds, far more than a busy machine needs
+PATIENCE = 600  # seconds, far more than a busy machine needs
 
 
 def rows_in(path: Path) -> list[dict[str, str]]:
@@ -232,6 +232,8 @@ def test_a_small_study(studied: Studied) -> None:
 WRONG = {
     "unknown method": ({"methods": ["salency"]}, "Did you mean 'saliency'"),
     "part as a method": ({"methods": ["chexpert"]}, "methods should be configs with a method"),
+    "part before a method": ({"methods": [["chexpert", "saliency"]]}, "'chexpert' is none"),
+    "one name twice": ({"methods": ["saliency", ["finetune", "saliency"]]}, "'saliency' is taken"),
     "a file that is not there": ({"methods": ["mine.json"]}, "configs that are there"),
     "unknown part": ({"parts": ["chexprt"]}, "Did you mean 'chexpert'"),
     "method as a part": ({"parts": ["saliency"]}, "'saliency' stands by itself. Name methods with --methods"),

@@ -55,9 +55,10 @@ def study(bundle: Bundle) -> None:
                 pieces.append(Work(plan, commit, group.seed, group, cells))
         total = sum(len(group.cells) for group in plan.groups)
         logger.info(
-            "%s: %d forget sets and %d runs, the untouched original's among them, of which %d are in %s already",
+            "%s: %d forget %s and %d runs, the untouched original's among them, of which %d are in %s already",
             plan.data_name,
             len(plan.groups),
+            "set" if len(plan.groups) == 1 else "sets",
             total,
             total - sum(len(piece.cells) for piece in pieces),
             table.path.name,
@@ -304,15 +305,16 @@ class _Progress:
         """One piece of work is done."""
         self.seconds[what].append(seconds)
         runs = len(self.seconds["run"])
-        left = tqdm.format_interval(self.left())
+        # Before anything has taken its time there is nothing to reckon with.
+        left = f"about {tqdm.format_interval(self.left())}" if self.left() > 0 or runs == self.total["run"] else "?"
         if self._bar is not None:
             if sentence:
                 self._bar.write(sentence, file=sys.stderr)
             self._bar.n = runs
-            self._bar.set_postfix_str(f"about {left} left")
+            self._bar.set_postfix_str(f"{left} left")
         elif sentence:
             elapsed = tqdm.format_interval(time.perf_counter() - self._began)
-            logger.info("%d/%d runs [%s, about %s left] %s", runs, self.total["run"], elapsed, left, sentence)
+            logger.info("%d/%d runs [%s, %s left] %s", runs, self.total["run"], elapsed, left, sentence)
 
     def left(self) -> float:
         """Seconds to go, if all goes on as it went; kinds of which none is done yet count nothing."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pydoc import ErrorDuringImport, locate
 from typing import Any
 
 from monai.bundle import ConfigParser
 
-from monai_unlearn.bundle import Bundle, bundle_path, hint
+from monai_unlearn.bundle import Bundle, bundle_path, components, hint
 from monai_unlearn.checkpoint import file_hash
 from monai_unlearn.data import ImageData
 from monai_unlearn.study.requests import KINDS, SINGLE, WITHOUT_FRACTION, pooled, requests_of
@@ -111,13 +114,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Method:
-    """A method and whether it is tuned, with the options that its configs take."""
+    """A method and whether it is tuned, with the options that its configs take.
+
+    Args:
+        name: its name.
+        own: the config files that make it, a whole one first; none for the untouched original.
+        parts: those that are added to every method.
+    """
 
     name: str
-    files: tuple[str, ...]
+    own: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     tuned: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All config files of a run."""
+        return (*self.own, *self.parts, *((str(bundle_path("tune")),) if self.tuned else ()))
 
 
 def make_plan(config: Mapping[str, Any], private: Path) -> Plan:
@@ -134,11 +149,11 @@ def make_plan(config: Mapping[str, Any], private: Path) -> Plan:
     base, *methods = _methods(settings)
     data: ImageData = Bundle.from_files(base.files, **base.settings).build("data")
     digest = data.digest()
-    parts = [_content(part) for part in base.files[1:]]
+    parts = [_content(part) for part in base.parts]
     # What the untouched original depends on: not how others unlearn from it.
-    known = _keys((str(bundle_path("train")), *base.files[1:]))
+    known = _keys((str(bundle_path("train")), *base.parts))
     plain = {key: value for key, value in settings["options"].items() if _top(key) in known}
-    nothing = _Method(NOTHING, (), options=_told(plain))
+    nothing = _Method(NOTHING, options=_told(plain))
     requests: dict[Path, list[dict]] = {}
     groups = []
     for seed in settings["seeds"]:
@@ -157,13 +172,13 @@ def make_plan(config: Mapping[str, Any], private: Path) -> Plan:
                     PlannedRun(
                         key=key_of(
                             **asked,
-                            method=_content(method.files[0]) if method.files else method.name,
+                            method=" + ".join(map(_content, method.own)) if method.own else method.name,
                             tuned=method.tuned,
                             options=method.options,
                             request=number,
                         ),
                         method=method.name,
-                        files=method.files,
+                        files=method.files if method.own else (),
                         tuned=method.tuned,
                         settings=method.settings,
                         options=method.options,
@@ -233,20 +248,16 @@ def _methods(settings: Mapping[str, Any]) -> list[_Method]:
                 f"parts should be configs that are added to each method, but {str(name)!r} stands by itself. Name "
                 "methods with --methods."
             )
-    plain = [_Method(Path(name).stem, (_config(name, "methods"), *parts)) for name in map(str, settings["methods"])]
-    for method in plain:
-        config = ConfigParser.load_config_file(method.files[0])
-        if "unlearn" not in config or "methods" not in config or "bundle" not in config:
-            raise ValueError(
-                f"methods should be configs with a method, but {method.name!r} is none. Name what is added to each "
-                "method with --parts."
-            )
+    plain = [_method(entry, parts) for entry in settings["methods"]]
+    names = [method.name for method in plain]
+    for name in names:
+        if name == NOTHING or names.count(name) > 1:
+            raise ValueError(f"methods should have names of their own, but {name!r} is taken. Rename the config file.")
     tried = []
     if True in settings["tuned"]:
-        part = str(bundle_path("tune"))
         for method in plain:
             if "search_space" in _keys(method.files):
-                tried.append(replace(method, files=(*method.files, part), tuned=True))
+                tried.append(replace(method, tuned=True))
             else:
                 logger.info("%s has no search_space, so it is not tuned.", method.name)
     wanted = [*(plain if False in settings["tuned"] else []), *tried]
@@ -276,6 +287,20 @@ def _methods(settings: Mapping[str, Any]) -> list[_Method]:
     return complete
 
 
+def _method(entry: Any, parts: tuple[str, ...]) -> _Method:
+    """A method by its config, or by a whole config and what is changed in it; it is called as the last one is."""
+    names = [str(name) for name in entry] if isinstance(entry, (list, tuple)) and entry else [str(entry)]
+    own = tuple(_config(name, "methods") for name in names)
+    name = Path(names[-1]).stem
+    whole = ConfigParser.load_config_file(own[0])
+    if "unlearn" not in whole or "methods" not in whole or "bundle" not in whole:
+        raise ValueError(
+            f"methods should be configs with a method, but {Path(names[0]).stem!r} is none. Name what is added to each "
+            "method with --parts, and what makes a method of another one behind that: ['finetune','mine.json']."
+        )
+    return _Method(name, own, parts)
+
+
 def _config(name: str, setting: str) -> str:
     """Path of a shipped config, or of one's own."""
     path = Path(name)
@@ -290,10 +315,24 @@ def _config(name: str, setting: str) -> str:
 
 
 def _content(file: str) -> str:
-    """What stands for a config in a key: the name of a shipped one, name and hash of another."""
+    """What stands for a config in a key: the name of a shipped one; of another name and hash, and those of its code."""
     path = Path(file)
-    shipped = path.parent == bundle_path("train").parent
-    return path.stem if shipped else f"{path.stem} {file_hash(path)[:16]}"
+    if path.parent == bundle_path("train").parent:
+        return path.stem
+    sources = sorted({str(component["_target_"]) for _, component in components(ConfigParser.load_config_file(path))})
+    hashes = [file_hash(source) for source in filter(None, map(_source, sources))]
+    return " ".join([path.stem, *(found[:16] for found in (file_hash(path), *dict.fromkeys(hashes)))])
+
+
+def _source(target: str) -> Path | None:
+    """The file of a class or function that a user wrote; None for those of installed packages and of this one."""
+    try:
+        found = inspect.getsourcefile(locate(target))  # type: ignore[arg-type]
+    except (TypeError, ErrorDuringImport):  # built in, or wrong: the bundle's check says so
+        return None
+    path = Path(found or "").resolve()
+    installed = (Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1])
+    return None if found is None or any(folder.resolve() in path.parents for folder in installed) else path
 
 
 def _keys(files: Sequence[str]) -> set[str]:
