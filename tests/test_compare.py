@@ -78,6 +78,7 @@ def test_a_setting_of_the_own_config_is_one_like_any_other(folder: Path) -> None
         Bundle.from_files(files, strenght=2)
 
 
+@pytest.mark.slow
 def test_the_pages_study_has_a_row_of_the_own_method_and_a_new_one_after_a_change(folder: Path) -> None:
     study = next(block for block in _blocks("bash") if "run study" in block)
     small = {**TINY, "train_epochs": 2, "epochs": 1, "dataset_file": "tiny.npz", "budget": 4}

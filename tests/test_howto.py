@@ -59,6 +59,7 @@ def _in_a_shell(commands: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_page_on_a_zoo_bundle_runs_and_leaves_the_bundle_as_it_was(tmp_path: Path) -> None:
     """Both doors, then the bundle's own evaluation and inference with the result."""
     write_images(tmp_path / "images")

@@ -22,7 +22,7 @@ from chexpert_layout import write_chexpert
 from pydicom.uid import generate_uid
 
 pytest_plugins = ["bundle_runs"]
-pytestmark = pytest.mark.pages
+pytestmark = [pytest.mark.pages, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[1]
 PATIENTS = 24

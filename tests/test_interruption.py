@@ -20,7 +20,10 @@ from monai_unlearn.bundle import bundle_path
 
 pytest_plugins = ["bundle_runs"]
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX systems")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX systems"),
+]
 
 ENDLESS = 100_000  # epochs: the run is always stopped in their midst
 PATIENCE = 120  # seconds to wait for a line: far more than a busy machine needs

@@ -25,6 +25,7 @@ from monai_unlearn.bundle import bundle_path
 from monai_unlearn.data import ImageData, LabeledImages
 
 pytest_plugins = ["bundle_runs"]
+pytestmark = pytest.mark.slow
 
 SEEDS = range(10)
 SIDE, CLASSES, HIDDEN = 8, 3, 500

@@ -209,6 +209,7 @@ def what_a_study_leaves_holds_nothing_of_the_forgotten(studied: Studied) -> None
     assert set(left) == {"report.json", "split.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX systems")
 def test_a_small_study(studied: Studied) -> None:
     """In one test, since each process that runs tests would make the study anew."""

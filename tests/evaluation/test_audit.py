@@ -508,6 +508,7 @@ def test_the_fewest_resamples_suffice_for_a_verdict() -> None:
 # ---- how often chance is taken for more
 
 
+@pytest.mark.slow
 def test_pseudo_forget_sets_raise_false_alarms_no_more_often_than_nominally() -> None:
     """Images that no model saw are drawn at random from a pool and called the forget set, 500 times."""
     draws, alarms = 500, dict.fromkeys(("verdict", "log_odds", "modified_entropy", "loss", "classifier"), 0)
