@@ -249,6 +249,7 @@ WEIGHT_NOISE = {
     "scale": "@noise_scale",
     "seed": "@seed",
 }
+L1_SPARSE = {"_target_": "monai_unlearn.methods.L1Sparse", "forget": "@forget", "alpha": "@alpha"}
 PERTURB_AND_RECOVER = {
     "_target_": "monai_unlearn.methods.PerturbAndRecover",
     "forget": "@forget",
@@ -352,6 +353,7 @@ CONFIGS = {
     ),
     "conv_transpose": method_config("conv_transpose", {**STEPS}, [CONV_TRANSPOSE, BATCH_NORM]),
     "weight_noise": method_config("weight_noise", {**STEPS, "noise_scale": 1.0}, [WEIGHT_NOISE, BATCH_NORM]),
+    "l1_sparse": method_config("l1_sparse", {**STEPS, "epochs": 10, "alpha": 1e-4}, [L1_SPARSE, BATCH_NORM]),
     # The recipe's own trainer: what it is made of says how to train again in fast motion. Nothing is to be tuned.
     "auto": method_config(
         "auto",
@@ -388,6 +390,7 @@ SEARCH_SPACES = {
     "masked_small_gradients": {"lr": RATES, "epochs": [3, 6, 10], "share": [0.1, 0.3, 0.5]},
     "conv_transpose": {"lr": RATES, "epochs": [3, 6, 10]},
     "weight_noise": {"lr": RATES, "epochs": [3, 6, 10], "noise_scale": {"low": 0.25, "high": 2}},
+    "l1_sparse": {"lr": RATES, "epochs": [2, 5, 10], "alpha": {"low": 1e-5, "high": 1e-2, "log": True}},
 }
 for method, space in SEARCH_SPACES.items():
     CONFIGS[method]["search_space"] = space

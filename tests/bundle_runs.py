@@ -36,6 +36,7 @@ METHODS = (
     "masked_small_gradients",
     "conv_transpose",
     "weight_noise",
+    "l1_sparse",
     "auto",
 )
 WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "auto")  # no setting for them

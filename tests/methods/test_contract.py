@@ -38,6 +38,8 @@ VARIANTS: dict[str, tuple[type, Callable[[nn.Module], dict]]] = {
     "masked_small_gradients": (methods.MaskedSmallGradients, lambda network: {}),
     "conv_transpose": (methods.ConvTranspose, lambda network: {}),
     "weight_noise": (methods.WeightNoise, lambda network: {}),
+    "l1_sparse": (methods.L1Sparse, lambda network: {}),
+    "l1_sparse_penalty": (methods.L1Sparse, lambda network: {"retain": False}),
     "scrub_rewind": (methods.SCRUB, lambda network: {"forget_epochs": 1, "rewind_loader": unseen_loader()}),
 }
 
@@ -220,7 +222,8 @@ def test_an_error_outside_the_iterations_propagates(make_trainer, make_network, 
 
 
 @pytest.mark.parametrize(
-    "variant", ["finetune", "conv_transpose", "masked_small_gradients", "perturb_and_recover", "weight_noise"]
+    "variant",
+    ["finetune", "conv_transpose", "masked_small_gradients", "perturb_and_recover", "weight_noise", "l1_sparse"],
 )
 def test_no_forget_sample_is_trained_on_and_the_policy_still_finds_the_others(
     make_trainer, make_network, forget, on, variant
