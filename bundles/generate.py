@@ -250,6 +250,7 @@ WEIGHT_NOISE = {
     "seed": "@seed",
 }
 L1_SPARSE = {"_target_": "monai_unlearn.methods.L1Sparse", "forget": "@forget", "alpha": "@alpha"}
+LAST_LAYERS = {"_target_": "monai_unlearn.methods.LastLayers", "forget": "@forget", "k": "@k"}
 PERTURB_AND_RECOVER = {
     "_target_": "monai_unlearn.methods.PerturbAndRecover",
     "forget": "@forget",
@@ -262,6 +263,7 @@ RETRAIN = {
     "forget": "@forget",
     "initial_state": "$@network.state_dict()",
 }
+EXACT_LAST_LAYERS = {**LAST_LAYERS, "initial_state": RETRAIN["initial_state"]}
 
 
 def epoch_metric(function: str) -> dict:
@@ -354,6 +356,12 @@ CONFIGS = {
     "conv_transpose": method_config("conv_transpose", {**STEPS}, [CONV_TRANSPOSE, BATCH_NORM]),
     "weight_noise": method_config("weight_noise", {**STEPS, "noise_scale": 1.0}, [WEIGHT_NOISE, BATCH_NORM]),
     "l1_sparse": method_config("l1_sparse", {**STEPS, "epochs": 10, "alpha": 1e-4}, [L1_SPARSE, BATCH_NORM]),
+    # The last stage of the network and its classifier. The statistics follow the run, which goes over retain samples
+    # alone: estimating all of them again would change those of the frozen layers.
+    "cf_k": method_config("cf_k", {**STEPS, "epochs": 10, "batchnorm": "plain", "k": 6}, [LAST_LAYERS, BATCH_NORM]),
+    "eu_k": method_config(
+        "eu_k", {**STEPS, "epochs": 10, "batchnorm": "plain", "k": 6}, [EXACT_LAST_LAYERS, BATCH_NORM]
+    ),
     # The recipe's own trainer: what it is made of says how to train again in fast motion. Nothing is to be tuned.
     "auto": method_config(
         "auto",
@@ -390,6 +398,8 @@ SEARCH_SPACES = {
     "masked_small_gradients": {"lr": RATES, "epochs": [3, 6, 10], "share": [0.1, 0.3, 0.5]},
     "conv_transpose": {"lr": RATES, "epochs": [3, 6, 10]},
     "weight_noise": {"lr": RATES, "epochs": [3, 6, 10], "noise_scale": {"low": 0.25, "high": 2}},
+    "cf_k": {"lr": RATES, "epochs": [2, 5, 10], "k": [1, 6, 11]},
+    "eu_k": {"lr": RATES, "epochs": [5, 10, 20], "k": [1, 6, 11]},
     "l1_sparse": {"lr": RATES, "epochs": [2, 5, 10], "alpha": {"low": 1e-5, "high": 1e-2, "log": True}},
 }
 for method, space in SEARCH_SPACES.items():

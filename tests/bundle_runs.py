@@ -37,6 +37,8 @@ METHODS = (
     "conv_transpose",
     "weight_noise",
     "l1_sparse",
+    "cf_k",
+    "eu_k",
     "auto",
 )
 WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "auto")  # no setting for them

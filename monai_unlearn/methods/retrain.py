@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from monai_unlearn.methods._trainer import (
     unwrapped_handlers,
 )
 
-__all__ = ["Retrain"]
+__all__ = ["Retrain", "held", "restore"]
 
-InitialState = Mapping[str, torch.Tensor] | nn.Module | str | os.PathLike
+State = Mapping[str, torch.Tensor] | nn.Module | str | os.PathLike
+InitialState = State | Callable[[], State]
 # Schedules whose constructor's first step depends on nothing but the epoch, so that it can be taken again.
 RESTARTABLE = (
     torch.optim.lr_scheduler.LambdaLR,
@@ -39,6 +40,55 @@ RESTARTABLE = (
     torch.optim.lr_scheduler.CosineAnnealingLR,
     torch.optim.lr_scheduler.OneCycleLR,
 )
+
+
+def held(initial_state: InitialState) -> InitialState:
+    """An initial state that stays what it is now: a copy, where it is a live view of weights that are about to change.
+
+    Args:
+        initial_state: a state dict, a network, a checkpoint's path, or a function that returns one of these.
+    """
+    if isinstance(initial_state, nn.Module):
+        initial_state = initial_state.state_dict()
+    if isinstance(initial_state, Mapping):
+        initial_state = {name: value.detach().clone() for name, value in initial_state.items()}
+    return initial_state
+
+
+def restore(network: nn.Module, initial_state: InitialState, names: Collection[str] | None = None) -> None:
+    """Set a network's parameters and buffers back to an initial state.
+
+    Args:
+        network: the network.
+        initial_state: a state of the whole network, see ``held``.
+        names: the parameters and buffers to set back, without wrappers' prefixes; by default all.
+
+    Raises:
+        ValueError: if the state does not hold exactly the network's parameters and buffers. Nothing is changed then.
+    """
+    state: Any = initial_state
+    if callable(state) and not isinstance(state, nn.Module):
+        state = state()
+    if isinstance(state, nn.Module):
+        state = state.state_dict()
+    elif isinstance(state, (str, os.PathLike)):
+        state = load_checkpoint(state).state_dict
+    start = {parameter_name(name): value for name, value in state.items()}
+    own = network.state_dict()
+    missing = [name for name in own if parameter_name(name) not in start]
+    surplus = len(start) - (len(own) - len(missing))
+    wrong = [name for name, v in own.items() if name not in missing and v.shape != start[parameter_name(name)].shape]
+    if missing or surplus or wrong:
+        raise ValueError(
+            f"initial_state should hold exactly the network's {len(own)} parameters and buffers, but "
+            f"{len(missing)} are missing, {len(wrong)} have another shape and {surplus} are unknown "
+            f"(first: {(missing + wrong + ['-'])[0]}). Old weights must not survive a retraining."
+        )
+    # What is not named is its own start, so that the state is a whole one, which is loaded strictly.
+    chosen = {name for name in own if names is None or parameter_name(name) in names}
+    network.load_state_dict(
+        {name: start[parameter_name(name)] if name in chosen else value for name, value in own.items()}, strict=True
+    )
 
 
 class Retrain:
@@ -68,15 +118,11 @@ class Retrain:
         self,
         forget: ForgetSet,
         *,
-        initial_state: InitialState | Callable[[], InitialState],
+        initial_state: InitialState,
         loader: DataLoader | None = None,
     ) -> None:
         self.forget = forget
-        if isinstance(initial_state, nn.Module):
-            initial_state = initial_state.state_dict()
-        if isinstance(initial_state, Mapping):  # often a live view of the weights that are about to change
-            initial_state = {name: value.detach().clone() for name, value in initial_state.items()}
-        self.initial_state = initial_state
+        self.initial_state = held(initial_state)
         self.loader = loader
 
     def attach(self, engine: Engine) -> None:
@@ -87,32 +133,9 @@ class Retrain:
     def _start(self, engine: SupervisedTrainer) -> None:
         require_supervised_trainer(engine, self)
         require_loaded_weights(engine, self)
-        self._restore_network(engine.network)
+        restore(engine.network, self.initial_state)
         self._restore_optimizer(engine)
         train_on_retain(engine, self.forget, self.loader)
-
-    def _restore_network(self, network: nn.Module) -> None:
-        state: Any = self.initial_state
-        if callable(state) and not isinstance(state, nn.Module):
-            state = state()
-        if isinstance(state, nn.Module):
-            state = state.state_dict()
-        elif isinstance(state, (str, os.PathLike)):
-            state = load_checkpoint(state).state_dict
-        start = {parameter_name(name): value for name, value in state.items()}
-        own = network.state_dict()
-        missing = [name for name in own if parameter_name(name) not in start]
-        surplus = len(start) - (len(own) - len(missing))
-        wrong = [
-            name for name, v in own.items() if name not in missing and v.shape != start[parameter_name(name)].shape
-        ]
-        if missing or surplus or wrong:
-            raise ValueError(
-                f"initial_state should hold exactly the network's {len(own)} parameters and buffers, but "
-                f"{len(missing)} are missing, {len(wrong)} have another shape and {surplus} are unknown "
-                f"(first: {(missing + wrong + ['-'])[0]}). Old weights must not survive a retraining."
-            )
-        network.load_state_dict({name: start[parameter_name(name)] for name in own}, strict=True)
 
     @staticmethod
     def _restore_optimizer(engine: SupervisedTrainer) -> None:

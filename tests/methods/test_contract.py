@@ -40,6 +40,8 @@ VARIANTS: dict[str, tuple[type, Callable[[nn.Module], dict]]] = {
     "weight_noise": (methods.WeightNoise, lambda network: {}),
     "l1_sparse": (methods.L1Sparse, lambda network: {}),
     "l1_sparse_penalty": (methods.L1Sparse, lambda network: {"retain": False}),
+    "last_layers_cf": (methods.LastLayers, lambda network: {"k": 1}),
+    "last_layers_eu": (methods.LastLayers, lambda network: {"k": 1, "initial_state": network.state_dict()}),
     "scrub_rewind": (methods.SCRUB, lambda network: {"forget_epochs": 1, "rewind_loader": unseen_loader()}),
 }
 
@@ -223,7 +225,10 @@ def test_an_error_outside_the_iterations_propagates(make_trainer, make_network, 
 
 @pytest.mark.parametrize(
     "variant",
-    ["finetune", "conv_transpose", "masked_small_gradients", "perturb_and_recover", "weight_noise", "l1_sparse"],
+    [
+        *("finetune", "conv_transpose", "masked_small_gradients", "perturb_and_recover", "weight_noise", "l1_sparse"),
+        *("last_layers_cf", "last_layers_eu"),
+    ],
 )
 def test_no_forget_sample_is_trained_on_and_the_policy_still_finds_the_others(
     make_trainer, make_network, forget, on, variant
