@@ -61,10 +61,11 @@ def restore(network: nn.Module, initial_state: InitialState, names: Collection[s
     Args:
         network: the network.
         initial_state: a state of the whole network, see ``held``.
-        names: the parameters and buffers to set back, without wrappers' prefixes; by default all.
+        names: the parameters and buffers to set back, with or without wrappers' prefixes; by default all.
 
     Raises:
-        ValueError: if the state does not hold exactly the network's parameters and buffers. Nothing is changed then.
+        ValueError: if the state does not hold exactly the network's parameters and buffers, or a name is none of them.
+            Nothing is changed then.
     """
     state: Any = initial_state
     if callable(state) and not isinstance(state, nn.Module):
@@ -84,11 +85,16 @@ def restore(network: nn.Module, initial_state: InitialState, names: Collection[s
             f"{len(missing)} are missing, {len(wrong)} have another shape and {surplus} are unknown "
             f"(first: {(missing + wrong + ['-'])[0]}). Old weights must not survive a retraining."
         )
+    wanted = start.keys() if names is None else {parameter_name(name) for name in names}
+    unknown = sorted(wanted - start.keys())
+    if unknown:
+        raise ValueError(
+            f"names should be those of the network's parameters and buffers, but {len(unknown)} are not "
+            f"(first: {unknown[0]})."
+        )
     # What is not named is its own start, so that the state is a whole one, which is loaded strictly.
-    chosen = {name for name in own if names is None or parameter_name(name) in names}
-    network.load_state_dict(
-        {name: start[parameter_name(name)] if name in chosen else value for name, value in own.items()}, strict=True
-    )
+    chosen = {name: start[parameter_name(name)] for name in own if parameter_name(name) in wanted}
+    network.load_state_dict({**own, **chosen}, strict=True)
 
 
 class Retrain:

@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler
 
 from monai_unlearn import ForgetSet
 from monai_unlearn.methods import Retrain
+from monai_unlearn.methods.retrain import restore
 
 IS_FORGET = [i // 5 in (0, 3) for i in range(30)]
 EPOCHS = 4
@@ -201,6 +202,31 @@ def test_an_initial_state_of_another_network_raises_and_changes_nothing(
     with pytest.raises(ValueError, match=f"exactly the network's 9 parameters and buffers, but {message}"):
         make_trainer([handler], network=network).run()
     assert same_bits(before, snapshot(network))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_only_the_named_parameters_and_buffers_are_restored(make_network, snapshot, same_bits, wrapped) -> None:
+    network, start = make_network(), make_network(seed=9)
+    start[1].running_mean.fill_(3)
+    if wrapped:
+        network = nn.DataParallel(network)
+    before, names = snapshot(network), [name for name in network.state_dict() if "1.running_mean" in name]
+    names += [name for name in network.state_dict() if "5." in name]
+    restore(network, start, names)
+    state = {name.removeprefix("module."): value for name, value in network.state_dict().items()}
+    expected = {name.removeprefix("module."): value for name, value in before.items()}
+    for name in ("1.running_mean", "5.weight", "5.bias"):
+        assert not torch.equal(state[name], expected[name])
+        expected[name] = start.state_dict()[name]
+    assert same_bits(state, expected)
+
+
+def test_names_that_the_network_does_not_have_raise_and_change_nothing(make_network, snapshot, same_bits) -> None:
+    network = make_network()
+    before = snapshot(network)
+    with pytest.raises(ValueError, match=r"names should be those .* 1 are not \(first: 9\.weight\)"):
+        restore(network, make_network(seed=9), ["5.weight", "9.weight"])
+    assert same_bits(snapshot(network), before)
 
 
 def test_a_missing_checkpoint_raises(make_trainer, forget, tmp_path) -> None:
