@@ -25,6 +25,7 @@ __all__ = [
     "require_batches",
     "require_before_savers",
     "require_loaded_weights",
+    "require_logits",
     "require_supervised_trainer",
     "train_on",
     "train_on_retain",
@@ -89,6 +90,19 @@ def require_before_savers(engine: Engine, handler: object) -> None:
         )
 
 
+def require_logits(engine: SupervisedTrainer, handler: object) -> None:
+    """Refuse a network of which the loss says that its outputs are probabilities.
+
+    Raises:
+        TypeError: if the trainer's loss is a ``BCELoss``.
+    """
+    if isinstance(engine.loss_function, torch.nn.BCELoss):
+        raise TypeError(
+            f"{type(handler).__name__} should be given a network whose outputs are logits, but BCELoss takes "
+            "probabilities. Use BCEWithLogitsLoss, and leave the sigmoid out of the network."
+        )
+
+
 def train_on_retain(engine: SupervisedTrainer, forget: ForgetSet, loader: DataLoader | None = None) -> None:
     """Let the run go over retain samples alone, as many epochs as it has.
 
@@ -130,7 +144,7 @@ def train_on(engine: SupervisedTrainer, loader: DataLoader, part: str) -> None:
     Args:
         engine: the trainer, at ``STARTED``.
         loader: where its batches come from.
-        part: ``"retain"`` or ``"forget"``, for the error.
+        part: what samples these are, for the error: ``"retain"`` or ``"forget"``, say.
 
     Raises:
         ValueError: if the loader gives no batch.

@@ -24,6 +24,7 @@ from monai_unlearn.methods._trainer import (
     predict,
     require_before_savers,
     require_loaded_weights,
+    require_logits,
     require_supervised_trainer,
     train_on_retain,
     unwrapped_handlers,
@@ -237,11 +238,7 @@ class SCRUB:
         self._clear()
         require_supervised_trainer(engine, self)
         require_loaded_weights(engine, self)
-        if isinstance(engine.loss_function, nn.BCELoss):
-            raise TypeError(
-                "SCRUB should be given a network whose outputs are logits, but BCELoss takes probabilities. Use "
-                "BCEWithLogitsLoss, and leave the sigmoid out of the network."
-            )
+        require_logits(engine, self)
         if getattr(engine, "accumulation_steps", 1) > 1:
             raise ValueError(
                 f"accumulation_steps should be 1 with SCRUB, but is {engine.accumulation_steps}: a step would mix "
@@ -297,18 +294,12 @@ class SCRUB:
             teacher, _ = predict(engine, engine.state.batch, self._teacher)
         self.cost.samples += len(teacher)
         self.cost.forward += len(teacher)
-        findings = self._findings(engine, student)
+        findings = are_findings(engine, student, self.multi_label)
         known = None
         if findings:
             _check_shapes(student, target, findings)
             known = ~target.reshape(student.shape).isnan()
         return distillation_loss(student, teacher, self.temperature, findings, known)
-
-    def _findings(self, engine: SupervisedTrainer, prediction: torch.Tensor) -> bool:
-        """Whether each output is a question of its own."""
-        if self.multi_label is not None:
-            return self.multi_label
-        return isinstance(engine.loss_function, BINARY) or (prediction.ndim == 2 and prediction.shape[1] == 1)
 
     def _complete_iteration(self, engine: SupervisedTrainer) -> None:
         if self._left and self._retain_batches is not None:
@@ -341,7 +332,7 @@ class SCRUB:
         with torch.no_grad(), evaluation_mode(engine.network):
             for batch in loader:
                 prediction, target = predict(engine, batch)
-                findings = self._findings(engine, prediction)
+                findings = are_findings(engine, prediction, self.multi_label)
                 _check_shapes(prediction, target, findings)
                 some, number = wrong_answers(prediction, target, findings)
                 wrong, answers = wrong + some, answers + number
@@ -350,6 +341,13 @@ class SCRUB:
         if not answers:
             raise ValueError(f"The loader of {part} samples should give at least one known label, but gives none.")
         return wrong / answers
+
+
+def are_findings(engine: SupervisedTrainer, prediction: torch.Tensor, multi_label: bool | None) -> bool:
+    """Whether each output is a question of its own, where ``multi_label`` does not say so already."""
+    if multi_label is not None:
+        return multi_label
+    return isinstance(engine.loss_function, BINARY) or (prediction.ndim == 2 and prediction.shape[1] == 1)
 
 
 def _check_shapes(prediction: torch.Tensor, target: torch.Tensor, findings: bool) -> None:
