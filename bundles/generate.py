@@ -229,6 +229,15 @@ SCRUB = {
         "seed": "@seed",
     },
 }
+BAD_TEACHER = {
+    "_target_": "monai_unlearn.methods.BadTeacher",
+    "forget": "@forget",
+    "initial_state": "$@network.state_dict()",
+    "share": "@share",
+    "temperature": "@temperature",
+    "multi_label": "$@data.multi_label or @data.num_classes == 1",
+    "seed": "@seed",
+}
 SYNAPTIC_DAMPENING = {
     "_target_": "monai_unlearn.methods.SelectiveSynapticDampening",
     "forget": "@forget",
@@ -340,6 +349,13 @@ CONFIGS = {
         [SCRUB, BATCH_NORM],
         evaluation_part="$@data.validation",
     ),
+    # Adam, as in its public code.
+    "bad_teacher": method_config(
+        "bad_teacher",
+        {**STEPS, "epochs": 1, "lr": 1e-4, "share": 0.3, "temperature": 1.0},
+        [BAD_TEACHER, BATCH_NORM],
+        optimizer={"_target_": "torch.optim.Adam", "params": "$@network.parameters()", "lr": "@lr"},
+    ),
     # It takes no step, so neither epochs nor a rate of its own.
     "synaptic_dampening": method_config(
         "synaptic_dampening",
@@ -391,6 +407,7 @@ SEARCH_SPACES = {
     "gradient_ascent": {"lr": {**RATES, "high": 0.01}, "epochs": [1, 3, 5]},
     "neg_grad_plus": {"lr": RATES, "epochs": [2, 5, 10], "alpha": [0.8, 0.9, 0.95, 0.99]},
     "scrub": {"lr": RATES, "epochs": [3, 5, 10], "gamma": [0.9, 0.99], "alpha": [0.001, 0.01, 0.1]},
+    "bad_teacher": {"lr": {**RATES, "high": 0.01}, "epochs": [1, 2, 5], "share": [0.1, 0.3, 1.0]},
     "synaptic_dampening": {
         "alpha": {"low": 0.5, "high": 8, "log": True},
         "dampening": {"low": 0.05, "high": 2, "log": True},

@@ -32,6 +32,7 @@ METHODS = (
     "gradient_ascent",
     "neg_grad_plus",
     "scrub",
+    "bad_teacher",
     "synaptic_dampening",
     "masked_small_gradients",
     "conv_transpose",

@@ -1,6 +1,7 @@
 """Everything that changes weights: handlers for an unchanged ``monai.engines.SupervisedTrainer``."""
 
 from monai_unlearn.methods._trainer import require_supervised_trainer, unwrapped_handlers
+from monai_unlearn.methods.bad_teacher import BadTeacher
 from monai_unlearn.methods.batch_norm import BatchNormPolicy
 from monai_unlearn.methods.conv_transpose import ConvTranspose
 from monai_unlearn.methods.finetune import FineTune
@@ -19,6 +20,7 @@ from monai_unlearn.methods.weight_noise import WeightNoise
 
 __all__ = [
     "SCRUB",
+    "BadTeacher",
     "BatchNormPolicy",
     "ConvTranspose",
     "FineTune",

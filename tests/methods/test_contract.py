@@ -42,8 +42,14 @@ VARIANTS: dict[str, tuple[type, Callable[[nn.Module], dict]]] = {
     "l1_sparse_penalty": (methods.L1Sparse, lambda network: {"retain": False}),
     "last_layers_cf": (methods.LastLayers, lambda network: {"k": 1}),
     "last_layers_eu": (methods.LastLayers, lambda network: {"k": 1, "initial_state": network.state_dict()}),
+    "bad_teacher": (methods.BadTeacher, lambda network: {"initial_state": other_weights(network)}),
     "scrub_rewind": (methods.SCRUB, lambda network: {"forget_epochs": 1, "rewind_loader": unseen_loader()}),
 }
+
+
+def other_weights(network):
+    """Weights that are not the network's own."""
+    return {name: value + 1 if value.is_floating_point() else value for name, value in network.state_dict().items()}
 
 
 def unseen_loader():
