@@ -238,6 +238,11 @@ BAD_TEACHER = {
     "multi_label": "$@data.multi_label or @data.num_classes == 1",
     "seed": "@seed",
 }
+DELETE = {
+    "_target_": "monai_unlearn.methods.DELETE",
+    "forget": "@forget",
+    "multi_label": "$@data.multi_label or @data.num_classes == 1",
+}
 SYNAPTIC_DAMPENING = {
     "_target_": "monai_unlearn.methods.SelectiveSynapticDampening",
     "forget": "@forget",
@@ -356,6 +361,7 @@ CONFIGS = {
         [BAD_TEACHER, BATCH_NORM],
         optimizer={"_target_": "torch.optim.Adam", "params": "$@network.parameters()", "lr": "@lr"},
     ),
+    "delete": method_config("delete", {**STEPS, "epochs": 20, "lr": 1e-4}, [DELETE, BATCH_NORM]),
     # It takes no step, so neither epochs nor a rate of its own.
     "synaptic_dampening": method_config(
         "synaptic_dampening",
@@ -408,6 +414,7 @@ SEARCH_SPACES = {
     "neg_grad_plus": {"lr": RATES, "epochs": [2, 5, 10], "alpha": [0.8, 0.9, 0.95, 0.99]},
     "scrub": {"lr": RATES, "epochs": [3, 5, 10], "gamma": [0.9, 0.99], "alpha": [0.001, 0.01, 0.1]},
     "bad_teacher": {"lr": {**RATES, "high": 0.01}, "epochs": [1, 2, 5], "share": [0.1, 0.3, 1.0]},
+    "delete": {"lr": RATES, "epochs": [5, 10, 20]},
     "synaptic_dampening": {
         "alpha": {"low": 0.5, "high": 8, "log": True},
         "dampening": {"low": 0.05, "high": 2, "log": True},

@@ -33,6 +33,7 @@ METHODS = (
     "neg_grad_plus",
     "scrub",
     "bad_teacher",
+    "delete",
     "synaptic_dampening",
     "masked_small_gradients",
     "conv_transpose",
@@ -43,6 +44,7 @@ METHODS = (
     "auto",
 )
 WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "auto")  # no setting for them
+ONLY_CLASSES = ("delete",)  # they refuse findings
 CONFIGS = ("train", "audit", *METHODS)
 PARTS = (
     "chexpert",

@@ -12,7 +12,7 @@ import monai.bundle
 import numpy as np
 import pytest
 import torch
-from bundle_runs import METHODS, WITHOUT_EPOCHS, Workplace, files_below, messages
+from bundle_runs import METHODS, ONLY_CLASSES, WITHOUT_EPOCHS, Workplace, files_below, messages
 from chexpert_layout import write_chexpert
 from monai.bundle import ConfigParser
 from PIL import Image
@@ -93,7 +93,7 @@ def hospital(empty_workplace: Workplace, trained: Path, dataset_dir: Path) -> Ho
     return Hospital(empty_workplace.folder, dataset_dir)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ONLY_CLASSES])
 def test_every_method_unlearns_findings(hospital: Hospital, method: str) -> None:
     before = files_below(hospital.dataset_dir) | files_below(hospital.folder)
     # Three images to select on are too few to rewind by.
@@ -111,6 +111,16 @@ def test_every_method_unlearns_findings(hospital: Hospital, method: str) -> None
     assert report["models"]["unlearned"]["forget"]["n"] == forgotten.sum() > 0
     assert report["models"]["unlearned"]["retain"]["n"] == (~forgotten).sum()
     assert report["models"]["unlearned"]["test"]["n"] == len(data.test)
+
+
+@pytest.mark.parametrize("method", ONLY_CLASSES)
+def test_a_method_of_classes_alone_refuses_findings_before_anything_is_trained(hospital: Hospital, method: str) -> None:
+    kept = files_below(hospital.folder / "runs" / "models")
+    with pytest.raises(RuntimeError) as caught:
+        hospital.unlearn(method, reference=True)
+    assert "Use a method that takes them, RandomLabeling or PerturbAndRecover, say." in messages(caught.value)
+    assert not (hospital.folder / "runs" / method).exists()
+    assert files_below(hospital.folder / "runs" / "models") == kept
 
 
 def test_figures_per_finding_are_scikit_learns_of_the_written_model(hospital: Hospital) -> None:

@@ -4,6 +4,7 @@ from monai_unlearn.methods._trainer import require_supervised_trainer, unwrapped
 from monai_unlearn.methods.bad_teacher import BadTeacher
 from monai_unlearn.methods.batch_norm import BatchNormPolicy
 from monai_unlearn.methods.conv_transpose import ConvTranspose
+from monai_unlearn.methods.delete import DELETE
 from monai_unlearn.methods.finetune import FineTune
 from monai_unlearn.methods.gradient_ascent import GradientAscent
 from monai_unlearn.methods.l1_sparse import L1Sparse
@@ -19,6 +20,7 @@ from monai_unlearn.methods.synaptic_dampening import SelectiveSynapticDampening
 from monai_unlearn.methods.weight_noise import WeightNoise
 
 __all__ = [
+    "DELETE",
     "SCRUB",
     "BadTeacher",
     "BatchNormPolicy",
