@@ -265,6 +265,22 @@ WEIGHT_NOISE = {
 }
 L1_SPARSE = {"_target_": "monai_unlearn.methods.L1Sparse", "forget": "@forget", "alpha": "@alpha"}
 LAST_LAYERS = {"_target_": "monai_unlearn.methods.LastLayers", "forget": "@forget", "k": "@k"}
+REFERENCE_GUIDED = {
+    "_target_": "monai_unlearn.methods.ReferenceGuided",
+    "forget": "@forget",
+    "held_out_loader": {
+        "_target_": "monai_unlearn.data.make_loader",
+        "dataset": {
+            "_target_": "torch.utils.data.Subset",
+            "dataset": "@evaluation_dataset",
+            "indices": "$@split.selection.tolist()",
+        },
+        "batch_size": "$@evaluation_loader.batch_size",
+        "num_workers": "$@evaluation_loader.num_workers",
+    },
+    "alpha": "@alpha",
+    "multi_label": "$@data.multi_label or @data.num_classes == 1",
+}
 PERTURB_AND_RECOVER = {
     "_target_": "monai_unlearn.methods.PerturbAndRecover",
     "forget": "@forget",
@@ -383,6 +399,9 @@ CONFIGS = {
     "cf_k": method_config("cf_k", {**STEPS, "epochs": 10, "batchnorm": "plain", "k": 6}, [LAST_LAYERS, BATCH_NORM]),
     "eu_k": method_config(
         "eu_k", {**STEPS, "epochs": 10, "batchnorm": "plain", "k": 6}, [EXACT_LAST_LAYERS, BATCH_NORM]
+    # What is unseen to it are validation images, of the half that no figure is reported on.
+    "reference_guided": method_config(
+        "reference_guided", {**STEPS, "alpha": 1.0}, [REFERENCE_GUIDED, BATCH_NORM], evaluation_part="$@data.validation"
     ),
     # The recipe's own trainer: what it is made of says how to train again in fast motion. Nothing is to be tuned.
     "auto": method_config(
@@ -425,6 +444,7 @@ SEARCH_SPACES = {
     "cf_k": {"lr": RATES, "epochs": [2, 5, 10], "k": [1, 6, 11]},
     "eu_k": {"lr": RATES, "epochs": [5, 10, 20], "k": [1, 6, 11]},
     "l1_sparse": {"lr": RATES, "epochs": [2, 5, 10], "alpha": {"low": 1e-5, "high": 1e-2, "log": True}},
+    "reference_guided": {"lr": RATES, "epochs": [2, 5, 10], "alpha": [0.3, 1.0, 3.0]},
 }
 for method, space in SEARCH_SPACES.items():
     CONFIGS[method]["search_space"] = space

@@ -41,6 +41,7 @@ METHODS = (
     "l1_sparse",
     "cf_k",
     "eu_k",
+    "reference_guided",
     "auto",
 )
 WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "auto")  # no setting for them

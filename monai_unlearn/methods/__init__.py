@@ -13,6 +13,7 @@ from monai_unlearn.methods.masked_small_gradients import MaskedSmallGradients
 from monai_unlearn.methods.neg_grad_plus import NegGradPlus
 from monai_unlearn.methods.perturb_and_recover import PerturbAndRecover
 from monai_unlearn.methods.random_labeling import RandomLabeling
+from monai_unlearn.methods.reference_guided import ReferenceGuided
 from monai_unlearn.methods.retrain import Retrain
 from monai_unlearn.methods.saliency_mask import SaliencyMask
 from monai_unlearn.methods.scrub import SCRUB
@@ -33,6 +34,7 @@ __all__ = [
     "NegGradPlus",
     "PerturbAndRecover",
     "RandomLabeling",
+    "ReferenceGuided",
     "Retrain",
     "SaliencyMask",
     "SelectiveSynapticDampening",

@@ -44,6 +44,7 @@ VARIANTS: dict[str, tuple[type, Callable[[nn.Module], dict]]] = {
     "last_layers_eu": (methods.LastLayers, lambda network: {"k": 1, "initial_state": network.state_dict()}),
     "bad_teacher": (methods.BadTeacher, lambda network: {"initial_state": other_weights(network)}),
     "delete": (methods.DELETE, lambda network: {}),
+    "reference_guided": (methods.ReferenceGuided, lambda network: {"held_out_loader": unseen_loader()}),
     "scrub_rewind": (methods.SCRUB, lambda network: {"forget_epochs": 1, "rewind_loader": unseen_loader()}),
 }
 
