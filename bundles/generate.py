@@ -281,6 +281,12 @@ REFERENCE_GUIDED = {
     "alpha": "@alpha",
     "multi_label": "$@data.multi_label or @data.num_classes == 1",
 }
+BOUNDARY_SHRINK = {
+    "_target_": "monai_unlearn.methods.BoundaryShrink",
+    "forget": "@forget",
+    "bound": "@bound",
+    "multi_label": "$@data.multi_label or @data.num_classes == 1",
+}
 PERTURB_AND_RECOVER = {
     "_target_": "monai_unlearn.methods.PerturbAndRecover",
     "forget": "@forget",
@@ -403,6 +409,9 @@ CONFIGS = {
     "reference_guided": method_config(
         "reference_guided", {**STEPS, "alpha": 1.0}, [REFERENCE_GUIDED, BATCH_NORM], evaluation_part="$@data.validation"
     ),
+    "boundary_shrink": method_config(
+        "boundary_shrink", {**STEPS, "lr": 1e-4, "bound": 0.1}, [BOUNDARY_SHRINK, BATCH_NORM]
+    ),
     # The recipe's own trainer: what it is made of says how to train again in fast motion. Nothing is to be tuned.
     "auto": method_config(
         "auto",
@@ -445,6 +454,7 @@ SEARCH_SPACES = {
     "eu_k": {"lr": RATES, "epochs": [5, 10, 20], "k": [1, 6, 11]},
     "l1_sparse": {"lr": RATES, "epochs": [2, 5, 10], "alpha": {"low": 1e-5, "high": 1e-2, "log": True}},
     "reference_guided": {"lr": RATES, "epochs": [2, 5, 10], "alpha": [0.3, 1.0, 3.0]},
+    "boundary_shrink": {"lr": {**RATES, "high": 0.01}, "epochs": [1, 3, 5], "bound": [0.03, 0.1, 0.3]},
 }
 for method, space in SEARCH_SPACES.items():
     CONFIGS[method]["search_space"] = space

@@ -42,6 +42,7 @@ METHODS = (
     "cf_k",
     "eu_k",
     "reference_guided",
+    "boundary_shrink",
     "auto",
 )
 WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "auto")  # no setting for them

@@ -3,6 +3,7 @@
 from monai_unlearn.methods._trainer import require_supervised_trainer, unwrapped_handlers
 from monai_unlearn.methods.bad_teacher import BadTeacher
 from monai_unlearn.methods.batch_norm import BatchNormPolicy
+from monai_unlearn.methods.boundary_shrink import BoundaryShrink
 from monai_unlearn.methods.conv_transpose import ConvTranspose
 from monai_unlearn.methods.delete import DELETE
 from monai_unlearn.methods.finetune import FineTune
@@ -25,6 +26,7 @@ __all__ = [
     "SCRUB",
     "BadTeacher",
     "BatchNormPolicy",
+    "BoundaryShrink",
     "ConvTranspose",
     "FineTune",
     "GradientAscent",

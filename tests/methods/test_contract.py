@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[type, Callable[[nn.Module], dict]]] = {
     "bad_teacher": (methods.BadTeacher, lambda network: {"initial_state": other_weights(network)}),
     "delete": (methods.DELETE, lambda network: {}),
     "reference_guided": (methods.ReferenceGuided, lambda network: {"held_out_loader": unseen_loader()}),
+    "boundary_shrink": (methods.BoundaryShrink, lambda network: {}),
     "scrub_rewind": (methods.SCRUB, lambda network: {"forget_epochs": 1, "rewind_loader": unseen_loader()}),
 }
 
