@@ -287,6 +287,15 @@ BOUNDARY_SHRINK = {
     "bound": "@bound",
     "multi_label": "$@data.multi_label or @data.num_classes == 1",
 }
+AMUN = {
+    "_target_": "monai_unlearn.methods.AMUN",
+    "forget": "@forget",
+    "epsilon": "@epsilon",
+    "steps": "@search_steps",
+    "true_labels": "@true_labels",
+    "alpha": "@alpha",
+    "seed": "@seed",
+}
 PERTURB_AND_RECOVER = {
     "_target_": "monai_unlearn.methods.PerturbAndRecover",
     "forget": "@forget",
@@ -412,6 +421,11 @@ CONFIGS = {
     "boundary_shrink": method_config(
         "boundary_shrink", {**STEPS, "lr": 1e-4, "bound": 0.1}, [BOUNDARY_SHRINK, BATCH_NORM]
     ),
+    "amun": method_config(
+        "amun",
+        {**STEPS, "epochs": 10, "epsilon": 0.04, "search_steps": 50, "true_labels": True, "alpha": None},
+        [AMUN, BATCH_NORM],
+    ),
     # The recipe's own trainer: what it is made of says how to train again in fast motion. Nothing is to be tuned.
     "auto": method_config(
         "auto",
@@ -455,6 +469,7 @@ SEARCH_SPACES = {
     "l1_sparse": {"lr": RATES, "epochs": [2, 5, 10], "alpha": {"low": 1e-5, "high": 1e-2, "log": True}},
     "reference_guided": {"lr": RATES, "epochs": [2, 5, 10], "alpha": [0.3, 1.0, 3.0]},
     "boundary_shrink": {"lr": {**RATES, "high": 0.01}, "epochs": [1, 3, 5], "bound": [0.03, 0.1, 0.3]},
+    "amun": {"lr": RATES, "epochs": [2, 5, 10], "true_labels": [True, False]},
 }
 for method, space in SEARCH_SPACES.items():
     CONFIGS[method]["search_space"] = space

@@ -43,10 +43,12 @@ METHODS = (
     "eu_k",
     "reference_guided",
     "boundary_shrink",
+    "amun",
     "auto",
 )
 WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "auto")  # no setting for them
 ONLY_CLASSES = ("delete",)  # they refuse findings
+WITHOUT_FINDINGS = ("amun",)  # classes, or one output, alone
 CONFIGS = ("train", "audit", *METHODS)
 PARTS = (
     "chexpert",

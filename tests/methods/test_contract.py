@@ -46,6 +46,8 @@ VARIANTS: dict[str, tuple[type, Callable[[nn.Module], dict]]] = {
     "delete": (methods.DELETE, lambda network: {}),
     "reference_guided": (methods.ReferenceGuided, lambda network: {"held_out_loader": unseen_loader()}),
     "boundary_shrink": (methods.BoundaryShrink, lambda network: {}),
+    "amun": (methods.AMUN, lambda network: {}),
+    "amun_examples_alone": (methods.AMUN, lambda network: {"true_labels": False}),
     "scrub_rewind": (methods.SCRUB, lambda network: {"forget_epochs": 1, "rewind_loader": unseen_loader()}),
 }
 
