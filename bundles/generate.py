@@ -294,6 +294,7 @@ AMUN = {
     "steps": "@search_steps",
     "true_labels": "@true_labels",
     "alpha": "@alpha",
+    "multi_label": "$@data.multi_label",
     "seed": "@seed",
 }
 PERTURB_AND_RECOVER = {
@@ -414,6 +415,7 @@ CONFIGS = {
     "cf_k": method_config("cf_k", {**STEPS, "epochs": 10, "batchnorm": "plain", "k": 6}, [LAST_LAYERS, BATCH_NORM]),
     "eu_k": method_config(
         "eu_k", {**STEPS, "epochs": 10, "batchnorm": "plain", "k": 6}, [EXACT_LAST_LAYERS, BATCH_NORM]
+    ),
     # What is unseen to it are validation images, of the half that no figure is reported on.
     "reference_guided": method_config(
         "reference_guided", {**STEPS, "alpha": 1.0}, [REFERENCE_GUIDED, BATCH_NORM], evaluation_part="$@data.validation"

@@ -47,8 +47,7 @@ METHODS = (
     "auto",
 )
 WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "auto")  # no setting for them
-ONLY_CLASSES = ("delete",)  # they refuse findings
-WITHOUT_FINDINGS = ("amun",)  # classes, or one output, alone
+ONLY_CLASSES = ("delete", "amun")  # they refuse findings
 CONFIGS = ("train", "audit", *METHODS)
 PARTS = (
     "chexpert",

@@ -1,8 +1,8 @@
 """Everything that changes weights: handlers for an unchanged ``monai.engines.SupervisedTrainer``."""
 
 from monai_unlearn.methods._trainer import require_supervised_trainer, unwrapped_handlers
-from monai_unlearn.methods.bad_teacher import BadTeacher
 from monai_unlearn.methods.amun import AMUN
+from monai_unlearn.methods.bad_teacher import BadTeacher
 from monai_unlearn.methods.batch_norm import BatchNormPolicy
 from monai_unlearn.methods.boundary_shrink import BoundaryShrink
 from monai_unlearn.methods.conv_transpose import ConvTranspose
@@ -23,8 +23,8 @@ from monai_unlearn.methods.synaptic_dampening import SelectiveSynapticDampening
 from monai_unlearn.methods.weight_noise import WeightNoise
 
 __all__ = [
-    "DELETE",
     "AMUN",
+    "DELETE",
     "SCRUB",
     "BadTeacher",
     "BatchNormPolicy",

@@ -37,6 +37,7 @@ logger = logging.getLogger("monai_unlearn")
 
 # The step of the search, as a share of the ball's radius.
 STRIDE = 0.1
+FINDINGS = "For the findings of a multi-label task use another method, BoundaryShrink, say."
 
 
 def normalised_step(
@@ -130,6 +131,8 @@ class AMUN:
             the paper; False: the retain samples alone.
         alpha: weight of the training samples' loss, in [0, 1]; None: as above, by their numbers. With 1, which
             ``true_labels`` excludes, no forget sample is looked at, which is fine-tuning.
+        multi_label: whether the outputs are findings. They are refused here, which tells a bundle so before anything is
+            trained; where outputs or labels show it, they are refused later.
         seed: seed of the examples' order.
         loader: training samples; by default the trainer's own loader, or its retain samples.
         forget_loader: forget samples only, without augmentation; by default made from the trainer's own loader.
@@ -168,6 +171,7 @@ class AMUN:
         steps: int = 50,
         true_labels: bool = True,
         alpha: float | None = None,
+        multi_label: bool = False,
         seed: int = 0,
         loader: DataLoader | None = None,
         forget_loader: DataLoader | None = None,
@@ -185,6 +189,10 @@ class AMUN:
                 "alpha should be below 1 where forget samples are trained on with their true labels, but got 1: "
                 "nothing would be unlearned. Lower it, or pass true_labels=False."
             )
+        if not isinstance(multi_label, bool):
+            raise ValueError(f"multi_label should be true or false, but got {multi_label!r}.")
+        if multi_label:
+            raise ValueError(f"multi_label should be false with AMUN, but got True. {FINDINGS}")
         self.forget = forget
         self.epsilon = epsilon
         self.steps = steps
@@ -327,8 +335,7 @@ def _classes(target: torch.Tensor, size: int) -> torch.Tensor:
     if target.numel() != size or not bool(((target >= 0) & (target == target.long())).all()):
         raise ValueError(
             "AMUN needs labels that are one class index a sample (0 or 1 for one output, and known), but got labels of "
-            f"shape {tuple(target.shape)} for {size} samples. Turn one-hot vectors into class indices; for the "
-            "findings of a multi-label task use another method, BoundaryShrink, say."
+            f"shape {tuple(target.shape)} for {size} samples. Turn one-hot vectors into class indices. {FINDINGS}"
         )
     return target.reshape(-1).long()
 
@@ -340,8 +347,7 @@ def _as_classes(logits: torch.Tensor, labels: torch.Tensor, loss: Any) -> torch.
     elif logits.ndim != 2 or isinstance(loss, BINARY):
         raise ValueError(
             f"AMUN needs a network whose outputs are classes, B × C, but got outputs of shape {tuple(logits.shape)} "
-            f"with {type(loss).__name__}. For the findings of a multi-label task use another method, BoundaryShrink, "
-            "say."
+            f"with {type(loss).__name__}. {FINDINGS}"
         )
     if int(labels.max()) >= logits.shape[1]:
         raise ValueError(f"labels should lie in [0, {logits.shape[1] - 1}], but one is {int(labels.max())}.")

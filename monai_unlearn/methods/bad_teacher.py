@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,7 +111,7 @@ class BadTeacher:
         self,
         forget: ForgetSet,
         *,
-        initial_state: InitialState | Callable[[], InitialState],
+        initial_state: InitialState,
         share: float = 0.3,
         temperature: float = 1.0,
         multi_label: bool | None = None,

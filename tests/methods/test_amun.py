@@ -433,6 +433,13 @@ def test_an_argument_outside_its_range_raises(forget, arguments, message) -> Non
         AMUN(forget, **arguments)
 
 
+def test_findings_are_refused_at_construction_where_that_is_known(forget) -> None:
+    with pytest.raises(ValueError, match=r"multi_label should be false with AMUN, .* BoundaryShrink, say"):
+        AMUN(forget, multi_label=True)
+    with pytest.raises(ValueError, match="multi_label should be true or false, but got None"):
+        AMUN(forget, multi_label=None)
+
+
 def test_findings_are_refused_with_a_remedy(make_trainer, make_network, forget, records) -> None:
     task = {"loss_function": LABELS["findings"][2], "network": make_network(classes=2)}
     with pytest.raises(ValueError, match=r"AMUN needs labels that are one class index a sample.*BoundaryShrink, say"):
