@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from monai_unlearn.forget_set import ForgetSet
 
 __all__ = [
+    "cycle",
     "evaluation_mode",
     "forget_batches",
     "is_iterating",
@@ -136,6 +137,12 @@ def forget_batches(engine: SupervisedTrainer, forget: ForgetSet, loader: DataLoa
         loader = forget.forget_loader(engine.data_loader, training=True)
     require_batches(loader, "forget")
     return loader
+
+
+def cycle(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader without end, in its next order each time round (itertools.cycle would keep the first)."""
+    while True:
+        yield from loader
 
 
 def train_on(engine: SupervisedTrainer, loader: DataLoader, part: str) -> None:

@@ -25,6 +25,7 @@ from monai_unlearn.methods._trainer import (
     plain_network,
     prepare,
     require_loaded_weights,
+    require_logits,
     require_supervised_trainer,
     train_on,
     train_on_retain,
@@ -224,11 +225,7 @@ class AMUN:
         self._clear()
         require_supervised_trainer(engine, self)
         require_loaded_weights(engine, self)
-        if isinstance(engine.loss_function, nn.BCELoss):
-            raise TypeError(
-                "AMUN should be given a network whose outputs are logits, but BCELoss takes probabilities. Use "
-                "BCEWithLogitsLoss, and leave the sigmoid out of the network."
-            )
+        require_logits(engine, self)
         forget_loader = self.forget_loader
         if forget_loader is None:
             forget_loader = self.forget.forget_loader(engine.data_loader)

@@ -22,10 +22,11 @@ from monai_unlearn.methods._trainer import (
     plain_network,
     prepare,
     require_loaded_weights,
+    require_logits,
     require_supervised_trainer,
     train_on,
 )
-from monai_unlearn.methods.random_labeling import BINARY
+from monai_unlearn.methods.scrub import are_findings
 
 __all__ = ["BoundaryShrink", "signed_step", "wrong_findings"]
 
@@ -152,11 +153,7 @@ class BoundaryShrink:
         self._clear()
         require_supervised_trainer(engine, self)
         require_loaded_weights(engine, self)
-        if isinstance(engine.loss_function, nn.BCELoss):
-            raise TypeError(
-                "BoundaryShrink should be given a network whose outputs are logits, but BCELoss takes probabilities. "
-                "Use BCEWithLogitsLoss, and leave the sigmoid out of the network."
-            )
+        require_logits(engine, self)
         train_on(engine, forget_batches(engine, self.forget, self.loader), "forget")
         self._original = copy.deepcopy(plain_network(engine)).eval().requires_grad_(False)
 
@@ -165,7 +162,7 @@ class BoundaryShrink:
             return
         output = engine.state.output
         prediction, target = output[CommonKeys.PRED], output[CommonKeys.LABEL]
-        findings = self._findings(engine, prediction)
+        findings = are_findings(engine, prediction, self.multi_label)
         _check(prediction, target, findings)
         wrong = self._wrong_labels(engine, self._original, findings)
         output[CommonKeys.LOSS] = engine.loss_function(prediction, wrong.reshape(target.shape).to(target.dtype)).mean()
@@ -197,12 +194,6 @@ class BoundaryShrink:
             self._relabeled += len(images)
             self._crossed += int((logits.argmax(1) != labels).sum())
         return wrong
-
-    def _findings(self, engine: SupervisedTrainer, prediction: torch.Tensor) -> bool:
-        """Whether each output is a question of its own."""
-        if self.multi_label is not None:
-            return self.multi_label
-        return isinstance(engine.loss_function, BINARY) or (prediction.ndim == 2 and prediction.shape[1] == 1)
 
     def _complete(self, engine: Engine) -> None:
         met, relabeled, crossed = self._met, self._relabeled, self._crossed

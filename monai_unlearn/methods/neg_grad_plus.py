@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from monai_unlearn.cost import Cost
 from monai_unlearn.forget_set import ForgetSet
 from monai_unlearn.methods._trainer import (
+    cycle,
     forget_batches,
     predict,
     require_loaded_weights,
@@ -102,7 +103,7 @@ class NegGradPlus:
         require_loaded_weights(engine, self)
         train_on_retain(engine, self.forget, self.loader)
         if self.alpha < 1:
-            self._batches = _cycle(forget_batches(engine, self.forget, self.forget_loader))
+            self._batches = cycle(forget_batches(engine, self.forget, self.forget_loader))
 
     def _take_off(self, engine: SupervisedTrainer) -> None:
         if self._batches is None:
@@ -117,9 +118,3 @@ class NegGradPlus:
 
     def _complete(self, engine: Engine) -> None:
         self._batches = None
-
-
-def _cycle(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader without end, in its next order each time round (itertools.cycle would keep the first)."""
-    while True:
-        yield from loader

@@ -11,23 +11,23 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
-from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from monai_unlearn.cost import Cost, seconds_of
 from monai_unlearn.forget_set import ForgetSet
 from monai_unlearn.methods._trainer import (
+    cycle,
     evaluation_mode,
     forget_batches,
     predict,
     prepare,
     require_loaded_weights,
+    require_logits,
     require_supervised_trainer,
     train_on_retain,
 )
-from monai_unlearn.methods.neg_grad_plus import _cycle
-from monai_unlearn.methods.random_labeling import BINARY
+from monai_unlearn.methods.scrub import are_findings
 
 __all__ = ["ReferenceGuided", "mean_outputs", "reference_divergence", "references_of"]
 
@@ -206,11 +206,7 @@ class ReferenceGuided:
         self.notes = []
         require_supervised_trainer(engine, self)
         require_loaded_weights(engine, self)
-        if isinstance(engine.loss_function, nn.BCELoss):
-            raise TypeError(
-                "ReferenceGuided should be given a network whose outputs are logits, but BCELoss takes probabilities. "
-                "Use BCEWithLogitsLoss, and leave the sigmoid out of the network."
-            )
+        require_logits(engine, self)
         train_on_retain(engine, self.forget, self.loader)
         if not self.alpha:
             return
@@ -218,14 +214,14 @@ class ReferenceGuided:
         with seconds_of(self.cost, engine.state.device), torch.no_grad(), evaluation_mode(engine.network):
             self._table, findings = self._references(engine)
             self._check_references(engine, self._table, findings)
-        self._batches = _cycle(batches)
+        self._batches = cycle(batches)
 
     def _references(self, engine: SupervisedTrainer) -> tuple[torch.Tensor, bool]:
         """The table of references, and whether it is one of findings."""
         outputs, labels, findings = [], [], False
         for batch in self.held_out_loader:
             prediction, target = predict(engine, batch)
-            findings = self._findings(engine, prediction)
+            findings = are_findings(engine, prediction, self.multi_label)
             outputs.append(prediction)
             labels.append(_checked(target, prediction.shape, findings))
             self.cost.samples += len(prediction)
@@ -273,17 +269,11 @@ class ReferenceGuided:
             self.notes.append(note)
             logger.warning("%s", note)
 
-    def _findings(self, engine: SupervisedTrainer, prediction: torch.Tensor) -> bool:
-        """Whether each output is a question of its own."""
-        if self.multi_label is not None:
-            return self.multi_label
-        return isinstance(engine.loss_function, BINARY) or (prediction.ndim == 2 and prediction.shape[1] == 1)
-
     def _add(self, engine: SupervisedTrainer) -> None:
         if self._batches is None or self._table is None:
             return
         prediction, target = predict(engine, next(self._batches))
-        findings = self._findings(engine, prediction)
+        findings = are_findings(engine, prediction, self.multi_label)
         references = references_of(self._table, _checked(target, prediction.shape, findings), findings)
         output = engine.state.output
         divergence = reference_divergence(prediction, references, findings)
