@@ -249,6 +249,14 @@ SYNAPTIC_DAMPENING = {
     "alpha": "@alpha",
     "dampening": "@dampening",
 }
+INFLUENCE = {
+    "_target_": "monai_unlearn.methods.InfluenceUnlearning",
+    "forget": "@forget",
+    "alpha": "@alpha",
+    "damping": "@damping",
+    "samples": "@fisher_samples",
+    "seed": "@seed",
+}
 MASKED_SMALL_GRADIENTS = {
     "_target_": "monai_unlearn.methods.MaskedSmallGradients",
     "forget": "@forget",
@@ -402,6 +410,13 @@ CONFIGS = {
         optimizer="@recipe::optimizer",
         trainer={**METHOD_TRAINER, "max_epochs": 1},
     ),
+    "influence": method_config(
+        "influence",
+        {"alpha": 1.0, "damping": 0.03, "fisher_samples": 1000, "batchnorm": STEPS["batchnorm"]},
+        [INFLUENCE, BATCH_NORM],
+        optimizer="@recipe::optimizer",
+        trainer={**METHOD_TRAINER, "max_epochs": 1},
+    ),
     "masked_small_gradients": method_config(
         "masked_small_gradients",
         {**STEPS, "share": 0.3, "gradient_scale": 0.1},
@@ -462,6 +477,10 @@ SEARCH_SPACES = {
     "synaptic_dampening": {
         "alpha": {"low": 0.5, "high": 8, "log": True},
         "dampening": {"low": 0.05, "high": 2, "log": True},
+    },
+    "influence": {
+        "alpha": {"low": 0.1, "high": 10, "log": True},
+        "damping": {"low": 1e-4, "high": 1, "log": True},
     },
     "masked_small_gradients": {"lr": RATES, "epochs": [3, 6, 10], "share": [0.1, 0.3, 0.5]},
     "conv_transpose": {"lr": RATES, "epochs": [3, 6, 10]},

@@ -35,6 +35,7 @@ METHODS = (
     "bad_teacher",
     "delete",
     "synaptic_dampening",
+    "influence",
     "masked_small_gradients",
     "conv_transpose",
     "weight_noise",
@@ -48,6 +49,7 @@ METHODS = (
 )
 WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "auto")  # no setting for them
 ONLY_CLASSES = ("delete", "amun")  # they refuse findings
+WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "influence", "auto")  # no setting for them
 CONFIGS = ("train", "audit", *METHODS)
 PARTS = (
     "chexpert",

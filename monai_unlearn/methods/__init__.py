@@ -11,6 +11,7 @@ from monai_unlearn.methods.finetune import FineTune
 from monai_unlearn.methods.gradient_ascent import GradientAscent
 from monai_unlearn.methods.l1_sparse import L1Sparse
 from monai_unlearn.methods.last_layers import LastLayers
+from monai_unlearn.methods.influence import InfluenceUnlearning
 from monai_unlearn.methods.masked_small_gradients import MaskedSmallGradients
 from monai_unlearn.methods.neg_grad_plus import NegGradPlus
 from monai_unlearn.methods.perturb_and_recover import PerturbAndRecover
@@ -34,6 +35,7 @@ __all__ = [
     "GradientAscent",
     "L1Sparse",
     "LastLayers",
+    "InfluenceUnlearning",
     "MaskedSmallGradients",
     "NegGradPlus",
     "PerturbAndRecover",

@@ -30,7 +30,13 @@ from monai_unlearn.methods._trainer import (
 from monai_unlearn.methods.batch_norm import BatchNormPolicy
 from monai_unlearn.methods.saliency_mask import summed_loss
 
-__all__ = ["SelectiveSynapticDampening", "add_squared_gradients", "dampening_factor", "squared_gradients"]
+__all__ = [
+    "SelectiveSynapticDampening",
+    "add_squared_gradients",
+    "dampening_factor",
+    "sample_gradients",
+    "squared_gradients",
+]
 
 logger = logging.getLogger("monai_unlearn")
 
@@ -58,10 +64,10 @@ def add_squared_gradients(
             torch._foreach_addcmul_(totals, gradients, gradients)
 
 
-def squared_gradients(
+def sample_gradients(
     network: nn.Module, parameters: Sequence[nn.Parameter], inputs: torch.Tensor, targets: torch.Tensor, loss: Any
 ) -> list[torch.Tensor]:
-    """Sum over a batch of the squares of each sample's gradient, all samples at once by ``torch.func``.
+    """Gradient of each sample's own loss, all samples of a batch at once by ``torch.func``.
 
     The loss is outside of what is vectorised, since many losses can't be: a sample's gradient is that of its output
     times its loss's slope there.
@@ -74,7 +80,7 @@ def squared_gradients(
         loss: the loss; each sample counts as if it were alone.
 
     Returns:
-        A tensor for each parameter, of its shape; zero where no output depends on it.
+        A tensor for each parameter, B × its shape; zero where no output depends on it.
 
     Raises:
         RuntimeError: or another error, if ``torch.vmap`` can't take the network. No weight may be shared in it.
@@ -92,7 +98,18 @@ def squared_gradients(
         outputs = vmap(output, in_dims=(None, 0))(weights, inputs)
     (slopes,) = torch.autograd.grad(summed_loss(loss, outputs.requires_grad_(), targets), outputs)
     gradients = vmap(grad(projected), in_dims=(None, 0, 0))(weights, inputs, slopes)
-    return [gradients[names[parameter]].square().sum(0) for parameter in parameters]
+    return [gradients[names[parameter]] for parameter in parameters]
+
+
+def squared_gradients(
+    network: nn.Module, parameters: Sequence[nn.Parameter], inputs: torch.Tensor, targets: torch.Tensor, loss: Any
+) -> list[torch.Tensor]:
+    """Sum over a batch of the squares of each sample's gradient; arguments and errors as ``sample_gradients``.
+
+    Returns:
+        A tensor for each parameter, of its shape; zero where no output depends on it.
+    """
+    return [g.square().sum(0) for g in sample_gradients(network, parameters, inputs, targets, loss)]
 
 
 def dampening_factor(
@@ -112,6 +129,21 @@ def dampening_factor(
     chosen = forget_importance > alpha * data_importance
     ratio = (dampening * data_importance).div_(forget_importance).clamp_(max=1)
     return torch.where(chosen, ratio, 1)
+
+
+def require_alone(engine: Engine, handler: object) -> None:
+    """Refuse another method in the trainer of one that ends the run before its first step.
+
+    Raises:
+        RuntimeError: if there is one, other than a ``BatchNormPolicy``.
+    """
+    room = __name__.rpartition(".")[0]
+    for other in unwrapped_handlers(engine, Events.STARTED):
+        if other is not handler and type(other).__module__.startswith(room) and not isinstance(other, BatchNormPolicy):
+            raise RuntimeError(
+                f"{type(handler).__name__} ends the run before its first step, in which {type(other).__name__} would "
+                "do nothing. Give each a trainer of its own."
+            )
 
 
 class SelectiveSynapticDampening:
@@ -196,19 +228,10 @@ class SelectiveSynapticDampening:
         self.dampened = 0
         require_supervised_trainer(engine, self)
         require_loaded_weights(engine, self)
-        self._require_alone(engine)
+        require_alone(engine, self)
         with seconds_of(self.cost, engine.state.device):
             self._dampen(engine)
         engine.terminate()
-
-    def _require_alone(self, engine: SupervisedTrainer) -> None:
-        room = __name__.rpartition(".")[0]
-        for other in unwrapped_handlers(engine, Events.STARTED):
-            if other is not self and type(other).__module__.startswith(room) and not isinstance(other, BatchNormPolicy):
-                raise RuntimeError(
-                    f"SelectiveSynapticDampening ends the run before its first step, in which {type(other).__name__} "
-                    "would do nothing. Give each a trainer of its own."
-                )
 
     def _dampen(self, engine: SupervisedTrainer) -> None:
         network = plain_network(engine)
@@ -312,8 +335,8 @@ class _Passes:
         self, inputs: Any, targets: torch.Tensor, args: tuple, kwargs: dict, rows: range
     ) -> Iterator[torch.Tensor]:
         for i in rows:
-            more = [_row(value, i, len(targets)) for value in args]
-            named = {key: _row(value, i, len(targets)) for key, value in kwargs.items()}
+            more = [row_of(value, i, len(targets)) for value in args]
+            named = {key: row_of(value, i, len(targets)) for key, value in kwargs.items()}
             prediction = self.engine.inferer(inputs[i : i + 1], self.network, *more, **named)
             self.cost.forward += 1
             yield summed_loss(self.engine.loss_function, prediction, targets[i : i + 1])
@@ -336,6 +359,6 @@ class _Passes:
         return squares
 
 
-def _row(value: Any, i: int, rows: int) -> Any:
+def row_of(value: Any, i: int, rows: int) -> Any:
     """A sample's own part of an argument of the network's."""
     return value[i : i + 1] if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value

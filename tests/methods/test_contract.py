@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[type, Callable[[nn.Module], dict]]] = {
     "gradient_ascent": (methods.GradientAscent, lambda network: {}),
     "neg_grad_plus": (methods.NegGradPlus, lambda network: {}),
     "scrub": (methods.SCRUB, lambda network: {"forget_epochs": 1}),
+    "influence": (methods.InfluenceUnlearning, lambda network: {}),
     "synaptic_dampening": (methods.SelectiveSynapticDampening, lambda network: {"alpha": 1.5}),
     "masked_small_gradients": (methods.MaskedSmallGradients, lambda network: {}),
     "conv_transpose": (methods.ConvTranspose, lambda network: {}),
