@@ -243,6 +243,13 @@ DELETE = {
     "forget": "@forget",
     "multi_label": "$@data.multi_label or @data.num_classes == 1",
 }
+RUM = {
+    "_target_": "monai_unlearn.methods.RUM",
+    "low": "@low",
+    "middle": "@middle",
+    "high": "@high",
+    "scores": "@scores",
+    "num_classes": "$None if @data.multi_label else @data.num_classes",
 SYNAPTIC_DAMPENING = {
     "_target_": "monai_unlearn.methods.SelectiveSynapticDampening",
     "forget": "@forget",
@@ -417,6 +424,20 @@ CONFIGS = {
         optimizer="@recipe::optimizer",
         trainer={**METHOD_TRAINER, "max_epochs": 1},
     ),
+    # A score that was recorded in training comes with the original; without one the method computes its own.
+    "rum": method_config(
+        "rum",
+        {
+            **STEPS,
+            "epochs": 6,
+            "score": "difficulty",
+            "low": "nothing",
+            "middle": "finetune",
+            "high": "random_labeling",
+        },
+        [RUM, BATCH_NORM],
+        scores="$None if @score == 'difficulty' else @difficulty[@score].to_dict()",
+    ),
     "masked_small_gradients": method_config(
         "masked_small_gradients",
         {**STEPS, "share": 0.3, "gradient_scale": 0.1},
@@ -474,6 +495,12 @@ SEARCH_SPACES = {
     "scrub": {"lr": RATES, "epochs": [3, 5, 10], "gamma": [0.9, 0.99], "alpha": [0.001, 0.01, 0.1]},
     "bad_teacher": {"lr": {**RATES, "high": 0.01}, "epochs": [1, 2, 5], "share": [0.1, 0.3, 1.0]},
     "delete": {"lr": RATES, "epochs": [5, 10, 20]},
+    "rum": {
+        "lr": RATES,
+        "epochs": [3, 6, 10],
+        "low": ["nothing", "finetune"],
+        "middle": ["finetune", "random_labeling"],
+    },
     "synaptic_dampening": {
         "alpha": {"low": 0.5, "high": 8, "log": True},
         "dampening": {"low": 0.05, "high": 2, "log": True},

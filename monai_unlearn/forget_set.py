@@ -153,6 +153,19 @@ class ForgetSet:
                 )
         return found
 
+    def ids(self, dataset: Dataset) -> list[Hashable]:
+        """The id of each sample of a data set as its record has it, forget sample or not.
+
+        Raises:
+            ValueError: if samples are known by a flag, which tells none from another, or the records have no ids.
+        """
+        if self._ids is None:
+            raise ValueError(
+                f"The forget samples are known by a flag, {self.key!r}, which does not tell one from another. Know "
+                "them by an id."
+            )
+        return [_plain(self._value(record)) for record in records_of(dataset) or ()]
+
     def check(self, loader: Iterable) -> None:
         """Hold a request against the training data, for a method that otherwise meets its samples batch by batch.
 
@@ -202,6 +215,7 @@ class ForgetSet:
         seed: int = 0,
         *,
         augmentation: bool = True,
+        also: Collection[int] = (),
     ) -> DataLoader:
         """The retain samples of a loader's data; of a loader that this has made, the same ones.
 
@@ -211,6 +225,7 @@ class ForgetSet:
             max_batches: take at most the samples of so many batches, drawn with ``seed``.
             seed: seed of that draw.
             augmentation: False drops random transforms in training too.
+            also: positions of samples that go with them, some forget samples say.
 
         Raises:
             ValueError: as ``forget_loader``, or if the loader samples in another way than shuffled or in order.
@@ -220,6 +235,7 @@ class ForgetSet:
         retain = self._retain_positions(dataset)
         if max_batches is not None:
             retain = _drawn(retain, max_batches * (loader.batch_size or 1), seed)
+        retain = sorted({*retain, *also})
         if not training:
             part = Subset(without_random(dataset), retain)
             return _rebuilt(loader, part, shuffle=False, generator=torch.Generator())

@@ -280,7 +280,7 @@ def refuse_near_chance(original: Mapping[str, SplitResult], num_classes: int, mu
 
 
 def _difficulty(run: Run) -> pd.DataFrame | None:
-    """Scores that the request asks for and the data does not have: recorded in training, or from the original model."""
+    """Scores that the request asks for and the data does not have, or the method: recorded in training, or computed."""
     file = run.settings.get("forget_request")
     wanted = set() if file is None else read_request(file).score_columns - set(run.data.train.index())
     unknown = sorted(wanted - {"difficulty", *SCORES})
@@ -289,6 +289,10 @@ def _difficulty(run: Run) -> pd.DataFrame | None:
             f"The request should go by a score that there is, but goes by {', '.join(unknown)}. The data has no such "
             f"column; without one there are difficulty, {', '.join(SCORES)} (see docs/difficulty.md)."
         )
+    score = run.settings.get("score", "difficulty")  # the method's; difficulty it computes by itself
+    if score not in ("difficulty", *SCORES):
+        raise ValueError(f"score should be one of difficulty, {', '.join(SCORES)}, but got {score!r}.")
+    wanted |= {score} - {"difficulty"}
     if not wanted:
         return None
     path, checkpoint = run.original()
@@ -299,7 +303,7 @@ def _difficulty(run: Run) -> pd.DataFrame | None:
         history = path.parent / HISTORY
         if not history.is_file():
             raise ValueError(
-                f"The request goes by {', '.join(recorded)}, which the training of the original model records, but no "
+                f"The run goes by {', '.join(recorded)}, which the training of the original model records, but no "
                 f"{HISTORY} lies beside {path.name}. Train the original with bundles/train.json, or take the score "
                 "difficulty."
             )

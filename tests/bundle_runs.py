@@ -36,6 +36,7 @@ METHODS = (
     "delete",
     "synaptic_dampening",
     "influence",
+    "rum",
     "masked_small_gradients",
     "conv_transpose",
     "weight_noise",
@@ -50,6 +51,7 @@ METHODS = (
 WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "auto")  # no setting for them
 ONLY_CLASSES = ("delete", "amun")  # they refuse findings
 WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "influence", "auto")  # no setting for them
+FEWEST_EPOCHS = {"rum": 2}  # of a method that needs more than one
 CONFIGS = ("train", "audit", *METHODS)
 PARTS = (
     "chexpert",
@@ -160,7 +162,7 @@ class Workplace:
     def unlearn(self, method: str = "saliency", overlays: tuple[Path, ...] = (), **settings: Any) -> Path:
         """Run a method's bundle; returns its output folder."""
         own = {"dataset_file": str(self.data), "reference_models": 1} | (
-            {} if method in WITHOUT_EPOCHS else {"epochs": 1}
+            {} if method in WITHOUT_EPOCHS else {"epochs": FEWEST_EPOCHS.get(method, 1)}
         )
         files = [str(bundle_path(method)), *map(str, overlays)]
         monai.bundle.run("unlearn", config_file=files if overlays else files[0], **{**TINY, **own, **settings})

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from bundle_runs import METHODS, ONLY_CLASSES, WITHOUT_EPOCHS, Workplace, files_below, messages
+from bundle_runs import FEWEST_EPOCHS, METHODS, WITHOUT_EPOCHS, Workplace, files_below, messages
 from chexpert_layout import write_chexpert
 from monai.bundle import ConfigParser
 from PIL import Image
@@ -60,7 +61,7 @@ class Hospital:
         """Unlearn; returns the report."""
         (self.folder / "request.json").write_text(json.dumps(request or REQUEST), encoding="utf-8")
         own: dict[str, Any] = {"reference": False, "forget_request": "request.json"}
-        own |= {} if method in WITHOUT_EPOCHS else {"epochs": 1}
+        own |= {} if method in WITHOUT_EPOCHS else {"epochs": FEWEST_EPOCHS.get(method, 1)}
         self.bundle("unlearn", method, **{**own, **settings})
         output = self.folder / settings.get("output_dir", f"runs/{method}")
         return json.loads((output / "report.json").read_text(encoding="utf-8"))

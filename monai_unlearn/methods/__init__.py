@@ -18,6 +18,7 @@ from monai_unlearn.methods.perturb_and_recover import PerturbAndRecover
 from monai_unlearn.methods.random_labeling import RandomLabeling
 from monai_unlearn.methods.reference_guided import ReferenceGuided
 from monai_unlearn.methods.retrain import Retrain
+from monai_unlearn.methods.rum import RUM
 from monai_unlearn.methods.saliency_mask import SaliencyMask
 from monai_unlearn.methods.scrub import SCRUB
 from monai_unlearn.methods.synaptic_dampening import SelectiveSynapticDampening
@@ -26,6 +27,7 @@ from monai_unlearn.methods.weight_noise import WeightNoise
 __all__ = [
     "AMUN",
     "DELETE",
+    "RUM",
     "SCRUB",
     "BadTeacher",
     "BatchNormPolicy",

@@ -35,6 +35,8 @@ VARIANTS: dict[str, tuple[type, Callable[[nn.Module], dict]]] = {
     "neg_grad_plus": (methods.NegGradPlus, lambda network: {}),
     "scrub": (methods.SCRUB, lambda network: {"forget_epochs": 1}),
     "influence": (methods.InfluenceUnlearning, lambda network: {}),
+    "rum": (methods.RUM, lambda network: {}),
+    "rum_scores": (methods.RUM, lambda network: {"middle": "random_labeling", "scores": {"P0": 1, "P3": 2}}),
     "synaptic_dampening": (methods.SelectiveSynapticDampening, lambda network: {"alpha": 1.5}),
     "masked_small_gradients": (methods.MaskedSmallGradients, lambda network: {}),
     "conv_transpose": (methods.ConvTranspose, lambda network: {}),
