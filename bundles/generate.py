@@ -245,11 +245,14 @@ DELETE = {
 }
 RUM = {
     "_target_": "monai_unlearn.methods.RUM",
+    "forget": "@forget",
     "low": "@low",
     "middle": "@middle",
     "high": "@high",
     "scores": "@scores",
     "num_classes": "$None if @data.multi_label else @data.num_classes",
+    "seed": "@seed",
+}
 SYNAPTIC_DAMPENING = {
     "_target_": "monai_unlearn.methods.SelectiveSynapticDampening",
     "forget": "@forget",

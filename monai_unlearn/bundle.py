@@ -165,8 +165,9 @@ class Bundle:
         for key in self.config:
             if key in base or key in COMMON_KEYS or (key in self._added and f"@{key}" in text):
                 continue
-            nearest, known = hint(key, [*base, *self._added]), ", ".join(self._settings())
-            raise ValueError(f"There is no setting {key!r}.{nearest} Settings: {known}.")
+            others = [name for name in (*base, *self._added) if name != key]
+            known = ", ".join(name for name in self._settings() if name != key)
+            raise ValueError(f"There is no setting {key!r}.{hint(key, others)} Settings: {known}.")
         for path, component in components(self.config):
             _check_arguments(path, component)
         for key in self._settings():

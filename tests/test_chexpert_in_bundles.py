@@ -12,8 +12,7 @@ import monai.bundle
 import numpy as np
 import pytest
 import torch
-from bundle_runs import METHODS, ONLY_CLASSES, WITHOUT_EPOCHS, Workplace, files_below, messages
-from bundle_runs import FEWEST_EPOCHS, METHODS, WITHOUT_EPOCHS, Workplace, files_below, messages
+from bundle_runs import FEWEST_EPOCHS, METHODS, ONLY_CLASSES, WITHOUT_EPOCHS, Workplace, files_below, messages
 from chexpert_layout import write_chexpert
 from monai.bundle import ConfigParser
 from PIL import Image

@@ -9,9 +9,9 @@ from monai_unlearn.methods.conv_transpose import ConvTranspose
 from monai_unlearn.methods.delete import DELETE
 from monai_unlearn.methods.finetune import FineTune
 from monai_unlearn.methods.gradient_ascent import GradientAscent
+from monai_unlearn.methods.influence import InfluenceUnlearning
 from monai_unlearn.methods.l1_sparse import L1Sparse
 from monai_unlearn.methods.last_layers import LastLayers
-from monai_unlearn.methods.influence import InfluenceUnlearning
 from monai_unlearn.methods.masked_small_gradients import MaskedSmallGradients
 from monai_unlearn.methods.neg_grad_plus import NegGradPlus
 from monai_unlearn.methods.perturb_and_recover import PerturbAndRecover
@@ -35,9 +35,9 @@ __all__ = [
     "ConvTranspose",
     "FineTune",
     "GradientAscent",
+    "InfluenceUnlearning",
     "L1Sparse",
     "LastLayers",
-    "InfluenceUnlearning",
     "MaskedSmallGradients",
     "NegGradPlus",
     "PerturbAndRecover",
