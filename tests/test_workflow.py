@@ -29,6 +29,7 @@ from bundle_runs import (
     unfinished_below,
     with_patients,
 )
+from monai.utils import set_determinism
 from safetensors.torch import load_file
 
 from monai_unlearn.data import make_split, read_medmnist
@@ -375,6 +376,27 @@ def test_weights_outside_the_saliency_mask_are_those_of_the_original(workplace: 
     total = sum(value.numel() for value in mask.values())
     assert sum(int(value.sum()) for value in mask.values()) == math.floor(0.25 * total + 0.5)
     assert changed > 0
+
+
+# Of the tiny ResNet's 13 layers: layer3.0 has its first convolution frozen, and the others not.
+FROZEN = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.0.conv1.", "layer3.0.bn1.")
+
+
+@pytest.mark.parametrize("method", ["cf_k", "eu_k"])
+def test_frozen_layers_stay_bit_identical_in_the_bundles_as_shipped(method: str, workplace: Workplace) -> None:
+    original, unlearned = workplace.original(), _state(workplace.unlearn(method))
+    same = {name for name in original if torch.equal(original[name], unlearned[name])}
+    assert same == {name for name in original if name.startswith(FROZEN)}
+
+
+def test_eu_k_starts_its_last_layers_where_the_original_of_that_seed_began(workplace: Workplace) -> None:
+    data = {**TINY, "dataset_file": str(workplace.data)}
+    set_determinism(0)
+    start = checked_bundle("train", **data).build("recipe::trainer", train_seed=0).network.state_dict()
+    unlearned = _state(workplace.unlearn("eu_k", lr=1e-30))
+    for name, _ in workplace.network().named_parameters():
+        state = workplace.original() if name.startswith(FROZEN) else start
+        torch.testing.assert_close(unlearned[name], state[name], rtol=0, atol=1e-20, msg=name)
 
 
 @pytest.mark.parametrize(
