@@ -460,7 +460,7 @@ CONFIGS = {
         "reference_guided", {**STEPS, "alpha": 1.0}, [REFERENCE_GUIDED, BATCH_NORM], evaluation_part="$@data.validation"
     ),
     "boundary_shrink": method_config(
-        "boundary_shrink", {**STEPS, "lr": 1e-4, "bound": 0.1}, [BOUNDARY_SHRINK, BATCH_NORM]
+        "boundary_shrink", {**STEPS, "lr": 3e-4, "bound": 0.1}, [BOUNDARY_SHRINK, BATCH_NORM]
     ),
     "amun": method_config(
         "amun",
