@@ -1,0 +1,157 @@
+"""What the study measured of each method, written into its page under docs/methods and into the README's table.
+
+    python benchmarks/method_rows.py
+
+From docs/results/study.csv alone: a tenth of the training images forgotten at random, on every data set that has it.
+Only the section "In the study" of a page is written, and of the README's table the column of the gap, the order, and the levels below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from study import NOTHING, ROOT, load, number, per_seed
+
+KIND, FRACTION = "random", 0.1
+FIRST = "embedded"  # the data set by which the README's table is sorted
+NAMES = {"embedded": "embedded set", "CheXpert layout": "CheXpert's layout, synthetic"}
+HEADER = (
+    "data",
+    "settings",
+    "seeds",
+    "gap",
+    "noise floor",
+    "untouched",
+    "forget",
+    "retain",
+    "test",
+    "attack AUC",
+    "cost",
+)
+COLUMNS = ["gap", "floor", "untouched_gap", "forget_change", "retain_change", "test_change"]
+EXPLAINED = textwrap.fill(
+    "A tenth of the training images forgotten at random, whole patients where there are any; mean over seeds, in "
+    "brackets the standard deviation. *Gap*: mean distance to the retrained models, in points, of accuracy (mean AUROC "
+    "of findings) on forget, retain and test images and of the attack's AUC; *noise floor*: that of two retrained "
+    "models; *untouched*: that of the original. *Forget*, *retain* and *test*: change against retraining, in points. "
+    "*Cost*: share of retraining's samples, with the search where settings were searched for. Made by `python "
+    "benchmarks/method_rows.py` from [study.csv](../results/study.csv); more in [the results](../results.md).",
+    width=130,
+    break_on_hyphens=False,
+)
+MISSING = "Not measured yet."
+SECTION = "## In the study"
+BEFORE = ("## Differs", "## Cost", "## Source")  # where the section goes in a page that has none
+
+
+def chosen(table: pd.DataFrame, method: str, tuned: bool = False) -> pd.DataFrame:
+    """The rows of a method with its default settings, or those searched for, on the forget sets above.
+
+    Where rows of one method differ in their options, those of the untouched original are the plain ones.
+    """
+    rows = table[(table["kind"] == KIND) & (table["fraction"] == FRACTION) & (table["error"] == "")]
+    plain = set(rows.loc[rows["method"] == NOTHING, ["data", "options"]].itertuples(index=False, name=None))
+    own = rows[(rows["method"] == method) & (rows["tuned"].astype(str).str.lower() == str(tuned).lower())]
+    keep = [(data, options) in plain for data, options in zip(own["data"], own["options"])]
+    return own[pd.Series(keep, index=own.index, dtype=bool)]
+
+
+def row_of(data: str, settings: str, rows: pd.DataFrame) -> str:
+    """A line of a page's table."""
+    levels = per_seed(rows, [*COLUMNS, "population_attack_auc", "share_with_tuning"])
+    cells = [NAMES.get(data, data), settings, str(len(levels)), _with_deviation(levels["gap"])]
+    cells += [number(levels[name].mean()) for name in ("floor", "untouched_gap")]
+    cells += [_with_deviation(levels[name], sign=True) for name in ("forget_change", "retain_change", "test_change")]
+    cells += [number(levels["population_attack_auc"].mean(), 2), number(levels["share_with_tuning"].mean(), 2)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def section(table: pd.DataFrame, methods: Sequence[str]) -> str:
+    """The section of a page, on all methods that it describes."""
+    lines = []
+    for method in methods:
+        for tuned in (False, True):
+            for data, rows in chosen(table, method, tuned).groupby("data", sort=True):
+                what = "searched for" if tuned else "default"
+                lines.append(row_of(str(data), f"`{method}`, {what}" if len(methods) > 1 else what, rows))
+    if not lines:
+        return f"{SECTION}\n\n{MISSING}\n"
+    head = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    return "\n".join([SECTION, "", *head, *lines, "", EXPLAINED, ""])
+
+
+def with_section(page: str, text: str) -> str:
+    """A page with its section written anew."""
+    found = re.search(rf"^{SECTION}\n.*?(?=^## |\Z)", page, re.M | re.S)
+    if found:
+        return page[: found.start()] + text + "\n" + page[found.end() :]
+    place = min(page.index(f"\n{title}") for title in BEFORE if f"\n{title}" in page) + 1
+    return page[:place] + text + "\n" + page[place:]
+
+
+def readme(text: str, table: pd.DataFrame) -> str:
+    """The README with its table of methods filled in and sorted: the nearest to retraining first."""
+    lines = text.splitlines(keepends=True)
+    start = next(i for i, line in enumerate(lines) if line.startswith("| method | handlers |")) + 2
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    column = [name.strip() for name in lines[start - 2].strip().strip("|").split("|")].index("gap")
+    rows = []
+    for line in lines[start:end]:
+        cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+        method = re.search(r"`(\w+)\.json`", line)
+        assert method is not None, line
+        own = chosen(table, method[1])
+        gaps = per_seed(own[own["data"] == FIRST], ["gap"])["gap"]
+        exact = method[1] == "retrain"
+        if not exact:
+            cells[column] = "–" if gaps.empty else f"{number(gaps.mean())} ({len(gaps)})"
+        rows.append((not exact, gaps.mean() if len(gaps) else float("inf"), "| " + " | ".join(cells) + " |\n"))
+    rows.sort(key=lambda row: row[:2])
+    untouched = chosen(table, NOTHING)
+    levels = per_seed(untouched[untouched["data"] == FIRST], ["floor", "untouched_gap"]).mean()
+    return re.sub(
+        r"(retrained models differ by )[\d.–]+( there, and the untouched original is )[\d.–]+( away)",
+        rf"\g<1>{number(levels['floor'])}\g<2>{number(levels['untouched_gap'])}\g<3>",
+        "".join([*lines[:start], *(line for *_, line in rows), *lines[end:]]),
+    )
+
+
+def _with_deviation(values: pd.Series, sign: bool = False) -> str:
+    mean = number(values.mean(), sign=sign)
+    return mean if len(values) < 2 else f"{mean} ({number(values.std(ddof=1))})"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the pages and the README."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "results" / "study.csv")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder of README.md and docs")
+    given = parser.parse_args(arguments)
+    table = load(given.csv)
+    changed = []
+    for path in sorted((given.root / "docs" / "methods").glob("*.md")):
+        page = path.read_text(encoding="utf-8")
+        shown = re.search(r"^\*\*Bundles?\.\*\*.*?(?=\n\n)", page, re.M | re.S)
+        methods = re.findall(r"`bundles/(\w+)\.json`", shown[0]) if shown else []
+        if not methods or path.stem in ("batch_norm", "retrain"):
+            continue
+        text = with_section(page, section(table, methods))
+        if text != page:
+            path.write_text(text, encoding="utf-8")
+            changed.append(path.name)
+    front = given.root / "README.md"
+    page = front.read_text(encoding="utf-8")
+    text = readme(page, table)
+    if text != page:
+        front.write_text(text, encoding="utf-8")
+        changed.append(front.name)
+    print(f"Wrote {', '.join(changed)}." if changed else "All pages hold these figures already.")
+
+
+if __name__ == "__main__":
+    main()
