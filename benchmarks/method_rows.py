@@ -3,7 +3,7 @@
     python benchmarks/method_rows.py
 
 From docs/results/study.csv alone: a tenth of the training images forgotten at random, on every data set that has it.
-Only the section "In the study" of a page is written, and of the README's table the column of the gap, the order, and the levels below it.
+Only the section "In the study" of a page is written, and the gaps, the order and the levels of the README's table.
 """
 
 from __future__ import annotations

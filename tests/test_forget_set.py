@@ -569,3 +569,20 @@ def test_all_of_the_retain_samples_is_the_loader_itself(records) -> None:
 def test_a_share_of_the_retain_samples_that_is_none_raises(records, fraction) -> None:
     with pytest.raises(ValueError, match=r"retain_fraction should lie in \(0, 1\], but got"):
         ForgetSet(["P0"], key="patient").with_part_of_retain(DataLoader(Dataset(records)), fraction)
+
+
+def test_some_forget_samples_may_go_with_the_retain_samples(records) -> None:
+    forget = ForgetSet(["P0", "P3"], key="patient")
+    whole = DataLoader(Dataset(records), batch_size=8, shuffle=True)
+    with_some = forget.retain_loader(whole, training=True, also=[16, 2])
+    assert list(with_some.dataset.indices) == sorted([2, 16, *(i for i in range(30) if i // 5 not in (0, 3))])
+    assert len(forget.retain_loader(with_some, training=True).dataset) == 20
+
+
+def test_ids_are_those_of_the_records_in_order(records) -> None:
+    numbered = [{**record, "index": torch.tensor(i)} for i, record in enumerate(records)]
+    assert ForgetSet([3]).ids(Dataset(numbered)) == list(range(30))
+    part = ForgetSet(["P0"], key="patient").forget_loader(DataLoader(Dataset(records))).dataset
+    assert ForgetSet(["P0"], key="patient").ids(part) == ["P0"] * 5
+    with pytest.raises(ValueError, match="known by a flag, 'is_forget', which does not tell one from another"):
+        ForgetSet.flagged().ids(Dataset(records))

@@ -9,6 +9,7 @@ import json
 import shutil
 import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bundle_runs import PATIENTS, Workplace, files_below, messages, with_patient
 
 from monai_unlearn.data import BatchedImages, ImageData
 from monai_unlearn.handlers import read_history
+from monai_unlearn.methods import rum
 from monai_unlearn.metrics import el2n
 
 pytest_plugins = ["bundle_runs"]
@@ -390,3 +392,33 @@ def test_images_without_a_patient_are_people_of_their_own(site: Site, capsys: py
     assert (report["request"]["patients"], report["request"]["partly_forgotten"]) == (3, 0)
     attack = report["models"]["unlearned"]["attack"]
     assert 0 <= attack["low"] <= attack["auc"] <= attack["high"] <= 1
+
+
+def test_rum_goes_by_what_the_training_recorded_where_it_is_asked_to(site: Site, monkeypatch: Any) -> None:
+    given: list[list[float]] = []
+    forget = [2, 3, 17, 40, 41, 42]
+    file = site.write("\n".join(map(str, forget)), "forget.txt")
+    monkeypatch.setattr("monai_unlearn.methods.rum.strata", partial(_noted, given, rum.strata))
+    site.run(method="rum", forget_indices=str(file), score="mean_loss")
+    assert given.pop() == _scores(site)["mean_loss"][forget].tolist()
+    site.run(method="rum", forget_indices=str(file))
+    network = site.workplace.network()
+    network.load_state_dict(site.workplace.original())
+    batch = BatchedImages(site.data.train).__getitems__(forget)
+    with torch.no_grad():
+        assert given.pop() == pytest.approx(el2n(network.eval()(batch["image"]), batch["label"]).tolist(), rel=1e-5)
+
+
+def _noted(given: list, function: Callable, scores: list[float]) -> Any:
+    given.append(list(scores))
+    return function(scores)
+
+
+def test_rum_refuses_a_score_that_there_is_not(site: Site) -> None:
+    text = site.refused(method="rum", score="mean_margin")
+    assert "score should be one of difficulty, mean_loss, forgetting_events, but got 'mean_margin'" in text
+    kept = next(site.workplace.models.glob("*/model.pt"))
+    shutil.copy(kept, site.folder / "mine.pt")
+    text = site.refused(method="rum", score="mean_loss", original_checkpoint="mine.pt")
+    assert "The run goes by mean_loss" in text
+    assert "no history.csv lies beside mine.pt" in text

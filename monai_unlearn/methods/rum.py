@@ -10,6 +10,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.utils import CommonKeys
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from monai_unlearn.cost import Cost, seconds_of
@@ -23,14 +24,40 @@ from monai_unlearn.methods._trainer import (
     require_supervised_trainer,
 )
 from monai_unlearn.methods.random_labeling import BINARY, RandomLabeling
-from monai_unlearn.metrics import el2n
 
-__all__ = ["RUM", "shared_out", "strata"]
+__all__ = ["RUM", "error_norm", "shared_out", "strata"]
 
 logger = logging.getLogger("monai_unlearn")
 
 STRATA = ("low", "middle", "high")
 TREATMENTS = ("nothing", "finetune", "random_labeling")
+
+
+def error_norm(logits: torch.Tensor, labels: torch.Tensor, findings: bool = False) -> torch.Tensor:
+    """The score by default, EL2N: ‖softmax(z) − one-hot(y)‖₂, or the root mean square of σ(z) − y over known findings.
+
+    Args:
+        logits: z, shape B × C.
+        labels: class indices, shape B or B × 1; with ``findings`` labels in [0, 1], shape B × C (B for one finding),
+            NaN where a finding is not known.
+        findings: whether each logit is a finding of its own.
+
+    Returns:
+        Float64 tensor of shape B; NaN where no finding is known.
+
+    Raises:
+        ValueError: if the shapes don't fit.
+    """
+    entries = logits.numel() if findings else len(logits)
+    if logits.ndim != 2 or labels.numel() != entries:
+        raise ValueError(
+            f"RUM needs outputs B × C with one class a sample, or findings of the outputs' shape, but got outputs "
+            f"{tuple(logits.shape)} and labels {tuple(labels.shape)}. Give it scores."
+        )
+    logits = logits.double()
+    if findings:
+        return (logits.sigmoid() - labels.reshape(logits.shape).double()).square().nanmean(1).sqrt()
+    return (logits.softmax(1) - functional.one_hot(labels.reshape(-1).long(), logits.shape[1])).norm(dim=1)
 
 
 def strata(scores: Sequence[float] | torch.Tensor) -> tuple[list[int], list[int], list[int]]:
@@ -240,7 +267,7 @@ class RUM:
         with torch.no_grad(), evaluation_mode(plain_network(engine)):
             for batch in samples:
                 logits, labels = predict(engine, batch)
-                found += el2n(logits, labels.reshape(logits.shape if findings else (-1,))).tolist()
+                found += error_norm(logits, labels, findings).tolist()
                 self.cost.samples += len(logits)
                 self.cost.forward += len(logits)
         return found

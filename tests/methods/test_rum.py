@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from monai_unlearn import ForgetSet
 from monai_unlearn.methods import RUM, BatchNormPolicy, FineTune, RandomLabeling, SaliencyMask
-from monai_unlearn.methods.rum import shared_out, strata
+from monai_unlearn.methods.rum import error_norm, shared_out, strata
+from monai_unlearn.metrics import el2n
 
 FORGET = [i for i in range(30) if IS_FORGET[i]]
 RETAIN = [i for i in range(30) if not IS_FORGET[i]]
@@ -64,6 +65,23 @@ def test_the_strata_are_thirds_in_the_order_of_the_scores(scores) -> None:
         assert max(scores[i] for i in lower) <= min(scores[i] for i in higher)
         ties = [i for i in lower if scores[i] == min(scores[j] for j in higher)]
         assert all(i < j for i in ties for j in higher if scores[j] == scores[i])
+
+
+def test_the_norm_of_the_error_is_the_difficulty_that_requests_go_by() -> None:
+    logits = 3 * torch.randn(6, 3)
+    classes = torch.tensor([0, 1, 2, 2, 1, 0])
+    findings = torch.tensor([[0, 1, NAN], [NAN, NAN, NAN], [1, 1, 0], [0.5, 0, 0], [1, NAN, NAN], [0, 0, 0]])
+    assert torch.equal(error_norm(logits, classes[:, None]), el2n(logits, classes))
+    found = error_norm(logits, findings, findings=True)
+    torch.testing.assert_close(found, el2n(logits, findings), rtol=0, atol=0, equal_nan=True)
+    one = error_norm(logits[:, :1], findings[:, 0], findings=True)
+    torch.testing.assert_close(one, el2n(logits[:, :1], findings[:, :1]), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("labels", "findings"), [((6, 3), False), ((6,), True), ((6, 2), True)])
+def test_labels_of_another_form_raise(labels, findings) -> None:
+    with pytest.raises(ValueError, match=r"outputs \(6, 3\) and labels .*Give it scores"):
+        error_norm(torch.zeros(6, 3), torch.zeros(labels), findings)
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
