@@ -37,22 +37,31 @@ from monai_unlearn import ForgetSet
 from monai_unlearn.cost import Cost, synchronize
 from monai_unlearn.data import BatchedImages, make_split, synthetic_cells
 from monai_unlearn.methods import (
+    AMUN,
+    DELETE,
     SCRUB,
+    BadTeacher,
+    BoundaryShrink,
     ConvTranspose,
     FineTune,
     GradientAscent,
+    L1Sparse,
+    LastLayers,
     MaskedSmallGradients,
     NegGradPlus,
     PerturbAndRecover,
     RandomLabeling,
+    ReferenceGuided,
     SelectiveSynapticDampening,
     WeightNoise,
 )
+from monai_unlearn.methods.last_layers import layers
 from monai_unlearn.methods.synaptic_dampening import _Passes
 from monai_unlearn.provenance import machine
 
 ONE_SHOT_BOUND, STEP_BOUND, FISHER_BOUND = 1.2, 1.03, 1.0
 BATCH = 64
+LAST = 6  # layers that are trained, the last stage and the classifier
 STEPS = 4  # of a pair, and of the trainer's epoch
 EPOCH = 32  # the same for a method that works at an epoch's end; the embedded data has 34 steps an epoch
 
@@ -266,6 +275,7 @@ class Turns:
 def steps(device: torch.device, planes: list[int], cells: Cells, pairs: int, only: str = "") -> None:
     """Steps of a method in the trainer against steps of a bare loop on batches that lie ready."""
     width = "full" if planes == FULL else "narrow"
+    request = cells.forget_set
     forget, retain = cells.batches("forget", STEPS // 2), cells.batches("retain", STEPS)
     mixed = cells.batches("all", STEPS)
     half = Ready(retain[: STEPS // 2])
@@ -275,6 +285,12 @@ def steps(device: torch.device, planes: list[int], cells: Cells, pairs: int, onl
         network = resnet18(planes, device).train()
         optimizer = sgd(network)
         teacher = resnet18(planes, device).eval().requires_grad_(False)
+        if kind == "last layers":
+            for layer in layers(network)[:-LAST]:
+                for module in layer.values():
+                    module.eval()
+                    for parameter in module.parameters(recurse=False):
+                        parameter.requires_grad_(False)
 
         def divergence(outputs: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
@@ -282,12 +298,32 @@ def steps(device: torch.device, planes: list[int], cells: Cells, pairs: int, onl
             ours, theirs = (outputs / 4).log_softmax(1), (theirs / 4).log_softmax(1)
             return 16 * functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
+        def taught(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return functional.kl_div(outputs.log_softmax(1), targets, reduction="batchmean")
+
+        def wrong(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            moved = images.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(functional.cross_entropy(teacher(moved), labels), moved)
+            with torch.no_grad():
+                return teacher(images + 0.2 * gradient.sign()).scatter(1, labels[:, None], -torch.inf).argmax(1)
+
         def step(batch: dict[str, torch.Tensor], position: int) -> None:
             images, labels = batch["image"], batch["label"]
             optimizer.zero_grad()
             outputs = network(images)
             if kind == "scrub" and position < len(forget):
                 loss = -divergence(outputs, images)
+            elif kind == "bad teacher":
+                rows = request.mask(batch)
+                with torch.no_grad():
+                    targets = torch.cat([teacher(part) for part in (images[rows], images[~rows]) if len(part)])
+                loss = taught(torch.cat([outputs[rows], outputs[~rows]]), targets.softmax(1))
+            elif kind == "erase":
+                with torch.no_grad():
+                    targets = teacher(images).scatter(1, labels[:, None], -torch.inf).softmax(1)
+                loss = taught(outputs, targets)
+            elif kind == "shrink":
+                loss = functional.cross_entropy(outputs, wrong(images, labels))
             else:
                 loss = functional.cross_entropy(outputs, labels)
                 if kind == "scrub":
@@ -295,6 +331,11 @@ def steps(device: torch.device, planes: list[int], cells: Cells, pairs: int, onl
                 elif kind == "difference":
                     other = forget[position % len(forget)]
                     loss = 0.95 * loss - 0.05 * functional.cross_entropy(network(other["image"]), other["label"])
+                elif kind == "two batches":
+                    other = forget[position % len(forget)]
+                    loss = 0.5 * loss + 0.5 * functional.cross_entropy(network(other["image"]), other["label"])
+                elif kind == "penalty":
+                    loss = loss + 1e-4 * torch.stack([weight.abs().sum() for weight in network.parameters()]).sum()
                 elif kind == "ascent":
                     loss = -loss
             loss.backward()
@@ -310,7 +351,6 @@ def steps(device: torch.device, planes: list[int], cells: Cells, pairs: int, onl
         bound = STEP_BOUND if methods else None
         report(f"{name} / bare loop, {width} resnet18", turns.pairs, device, bound)
 
-    request = cells.forget_set
     bare, other = loop("plain"), loop("plain")
     if only.lower() in "bare loop":
         run = [lambda step=step: [step(batch, 0) for batch in retain] for step in (bare, other)]
@@ -326,6 +366,17 @@ def steps(device: torch.device, planes: list[int], cells: Cells, pairs: int, onl
     whole = cells.batches("retain", EPOCH)
     compare("PerturbAndRecover", [PerturbAndRecover(request, budget=1.0, loader=whole)], loader=whole)
     compare("RandomLabeling", [RandomLabeling(request, num_classes=8)], loader=mixed)
+    compare("L1Sparse", [L1Sparse(request, loader=retain)], "penalty")
+    compare(f"LastLayers, k = {LAST}", [LastLayers(request, k=LAST, loader=retain)], "last layers")
+    untrained = {name: value.flip(0) for name, value in resnet18(planes, device).state_dict().items() if value.ndim}
+    untrained = {**resnet18(planes, device).state_dict(), **untrained}
+    compare("BadTeacher", [BadTeacher(request, initial_state=untrained, loader=mixed)], "bad teacher", mixed)
+    compare("DELETE", [DELETE(request, loader=forget)], "erase", forget)
+    compare("BoundaryShrink", [BoundaryShrink(request, loader=forget)], "shrink", forget)
+    guided = ReferenceGuided(request, held_out_loader=mixed, loader=retain, forget_loader=forget)
+    compare("ReferenceGuided", [guided], "two batches")
+    adversarial = AMUN(request, true_labels=False, steps=5, alpha=0.5, loader=retain, forget_loader=forget)
+    compare("AMUN", [adversarial], "two batches")
 
 
 def fisher(device: torch.device, cells: Cells, pairs: int) -> None:

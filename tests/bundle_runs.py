@@ -48,7 +48,6 @@ METHODS = (
     "amun",
     "auto",
 )
-WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "auto")  # no setting for them
 ONLY_CLASSES = ("delete", "amun")  # they refuse findings
 WITHOUT_EPOCHS = ("retrain", "synaptic_dampening", "influence", "auto")  # no setting for them
 FEWEST_EPOCHS = {"rum": 2}  # of a method that needs more than one
