@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ POWER = 3  # noise floors that the untouched original has to be away from retrai
 NEAR = 2  # noise floors that count as near
 CHEAP = 0.3  # share of retraining's samples
 EXCESS = 0.25  # of tuned saliency's excess
-CELL = ["data", "kind", "fraction"]
+RUN = ["data", "method", "tuned", "kind", "fraction", "seed", "request", "options"]
 WORDS = {
     "random": "random",
     "patients": "single patients",
@@ -46,16 +47,37 @@ MARKERS = "osD^vPX*<>hp"
 
 
 def load(csv: Path) -> pd.DataFrame:
-    """The rows that the page is made of: for each key those of the run that finished last."""
+    """The rows that the page is made of: of runs of the same, whatever the code's version, the one that finished last.
+
+    A run that was made anew after a method's code or config changed has another key, and takes the old one's place.
+    Data sets of one name on which recipes differ are told apart by what differs.
+    """
     table = pd.read_csv(csv, dtype={"key": str, "commit": str, "error": str, "options": str})
-    table = table.sort_values("finished", kind="stable").drop_duplicates("key", keep="last").copy()
     table["error"] = table["error"].fillna("")
+    table["data"] = _data_names(table)
+    table = table.sort_values("finished", kind="stable").drop_duplicates(RUN, keep="last").copy()
     table["arm"] = _arms(table)
     main = np.where(table["task"] == "multi-label", "auroc", "accuracy")
     for split in ("retain", "test"):  # of the task's main figure, in points
         sd = [table[f"retrained_{split}_{name}_sd"].to_numpy(float) for name in ("accuracy", "auroc")]
         table[f"{split}_sd"] = 100 * np.where(main == "auroc", sd[1], sd[0])
     return table.reset_index(drop=True)
+
+
+def _data_names(table: pd.DataFrame) -> list[str]:
+    """Names of the data sets, with those options of the recipe in which the untouched originals differ."""
+    options = [json.loads(text) if isinstance(text, str) and text else {} for text in table["options"]]
+    recipes: dict[str, list[dict]] = {}
+    for data, method, own in zip(table["data"], table["method"], options):
+        if method == NOTHING:
+            recipes.setdefault(data, []).append(own)
+    names = []
+    for data, own in zip(table["data"], options):
+        known = recipes.get(data, [])
+        keys = sorted({key for one in known for key in one})
+        differing = [key for key in keys if len({json.dumps(one.get(key)) for one in known}) > 1]
+        names.append(", ".join([str(data), *(f"{key} {own[key]}" for key in differing if key in own)]))
+    return names
 
 
 def _arms(table: pd.DataFrame) -> list[str]:
@@ -505,7 +527,7 @@ def page(table: pd.DataFrame, csv: Path, images: Path, folder: Path) -> str:
         sets.append((data, plots))
 
     def below(path: Path) -> str:
-        return Path(path).resolve().relative_to(folder.resolve()).as_posix()
+        return Path(os.path.relpath(path, folder)).as_posix()
 
     return environment.get_template("study.md.j2").render(
         sets=sets,
@@ -526,6 +548,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
     parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
     chosen = parser.parse_args(arguments)
+    if not chosen.csv.is_file():
+        parser.error(f"--csv should be a study's table, but there is no {chosen.csv}.")
+    chosen.page.parent.mkdir(parents=True, exist_ok=True)
     text = page(load(chosen.csv), chosen.csv, chosen.images, chosen.page.parent)
     chosen.page.write_text(text, encoding="utf-8")
     print(f"Wrote {chosen.page}")

@@ -194,3 +194,33 @@ def test_one_seed_has_no_interval_and_none_no_figure() -> None:
     assert study.with_interval([1.234]) == "1.2"
     assert study.with_interval([np.nan]) == "–"
     assert study.number(-0.26, 1, sign=True) == "−0.3"
+
+
+def test_a_run_that_was_made_anew_takes_the_place_of_the_old_one_under_another_key(tmp_path: Path) -> None:
+    old = row("good_one", 0.1, 0, gap=9.0)
+    new = {**old, "key": "another", "commit": "def", "gap": 2.0, "finished": "2026-02-01T00:00:00+00:00"}
+    pd.DataFrame([row("nothing", 0.1, 0), new, old]).to_csv(tmp_path / "study.csv", index=False)
+    table = study.load(tmp_path / "study.csv")
+    assert table.loc[table["method"] == "good_one", "gap"].tolist() == [2.0]
+
+
+def test_data_of_one_name_with_two_recipes_is_two_data_sets(tmp_path: Path) -> None:
+    short = {"options": '{"train_epochs": 3}', "floor": 50.0}
+    more = [row("nothing", 0.1, 0, **short), row("good_one", 0.1, 0, **short)]
+    pd.DataFrame([row("nothing", 0.1, 0), row("good_one", 0.1, 0), *more]).to_csv(tmp_path / "study.csv", index=False)
+    table = study.load(tmp_path / "study.csv")
+    assert sorted(set(table["data"])) == ["drawn data", "drawn data, train_epochs 3"]
+    cells = {name: study.Cell(own) for name, own in table.groupby("data")}
+    assert [cell.floor for cell in cells.values()] == [1.0, 50.0]
+
+
+def test_a_page_may_lie_anywhere_and_a_missing_table_is_told(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    page = folder.parent / "elsewhere" / "page.md"
+    csv = folder / "results" / "study.csv"
+    study.main(["--csv", str(csv), "--page", str(page), "--images", str(folder.parent / "pictures")])
+    text = page.read_text(encoding="utf-8")
+    assert "](../docs/results/study.csv)" in text
+    assert "](../pictures/" in text
+    with pytest.raises(SystemExit):
+        study.main(["--csv", "nowhere.csv"])
+    assert "there is no nowhere.csv" in capsys.readouterr().err
