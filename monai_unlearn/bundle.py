@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from pydoc import locate
+from pydoc import ErrorDuringImport, locate
 from types import FrameType
 from typing import Any, cast
 
@@ -292,14 +292,22 @@ def readable_errors() -> Iterator[None]:
         logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it says each error once more
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        if not command:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        if not command or (type(error) is RuntimeError and not _of_this_package(error)):
             raise
         # What a process that loads images raised comes with its traceback, of which the last line is the message.
         text = str(error)
         if text.startswith("Caught ") and "\nOriginal Traceback" in text:
             text = text.strip().rpartition("\n")[2].partition(": ")[2]
         raise SystemExit(f"\nmonai_unlearn: {text}") from error
+
+
+def _of_this_package(error: BaseException) -> bool:
+    """Whether an error was raised here, with a message for users, and not by torch or MONAI."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and str(place.tb_frame.f_globals.get("__name__", "")).startswith("monai_unlearn")
 
 
 def unwrapped(error: BaseException) -> BaseException:
@@ -346,13 +354,20 @@ def components(config: Any, path: str = "") -> Iterator[tuple[str, dict]]:
 
 def _check_arguments(path: str, component: dict) -> None:
     target = component["_target_"]
-    if not isinstance(target, str) or _is_expression(target):
+    if not isinstance(target, str) or _is_expression(target) or component.get("_disabled_"):
         return
-    found = locate(
-        target if "." in target else str(ComponentLocator().get_component_module_name(target)) + f".{target}"
-    )
+    try:
+        found = locate(
+            target if "." in target else str(ComponentLocator().get_component_module_name(target)) + f".{target}"
+        )
+    except ErrorDuringImport as error:
+        reason = f"{type(error.value).__name__}: {error.value}"
+        raise ValueError(f"{path} ({target}): {Path(str(error.filename)).name} can't be imported: {reason}") from error
     if found is None:
-        return  # MONAI says so when it comes to it
+        raise ValueError(
+            f"{path} should name a class or function that is there, but got {target!r}. Check its spelling, and that "
+            "its module lies in the folder in which you run, or is installed."
+        )
     try:
         parameters = inspect.signature(found).parameters  # type: ignore[arg-type]
     except (TypeError, ValueError):

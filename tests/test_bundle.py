@@ -19,7 +19,7 @@ from bundle_runs import CONFIGS, METHODS, PARTS, TINY, TRAIN, Workplace, checked
 from monai.bundle import ComponentLocator, ConfigParser, ckpt_export
 
 import monai_unlearn
-from monai_unlearn.bundle import Bundle, bundle_path, device_of, readable_errors
+from monai_unlearn.bundle import Bundle, bundle_path, device_of, readable_errors, running_workflow
 
 pytest_plugins = ["bundle_runs"]
 
@@ -432,6 +432,16 @@ def test_under_monais_command_an_error_ends_in_its_message(
     monkeypatch.setattr(sys, "argv", [str(Path("site-packages", "monai", "bundle", "__main__.py"))])
     with pytest.raises(SystemExit, match="monai_unlearn: the lr is too high"), readable_errors():
         raise error("the lr is too high")
+
+
+def test_a_runtime_error_of_this_package_ends_in_its_message_and_one_of_torch_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lib/monai/bundle/__main__.py"])
+    with pytest.raises(SystemExit, match="monai_unlearn: No bundle is running"), readable_errors():
+        running_workflow()
+    with pytest.raises(RuntimeError, match="size of tensor a"), readable_errors():
+        torch.zeros(2) + torch.zeros(3)
 
 
 class _Broken(torch.utils.data.Dataset):

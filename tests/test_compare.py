@@ -15,7 +15,7 @@ import monai.bundle
 import numpy as np
 import pytest
 import torch
-from bundle_runs import TINY, medmnist_arrays
+from bundle_runs import TINY, medmnist_arrays, messages
 from torch.nn import functional
 
 from monai_unlearn.bundle import Bundle
@@ -76,6 +76,39 @@ def test_a_setting_of_the_own_config_is_one_like_any_other(folder: Path) -> None
         Bundle.from_files(files, strength="much")
     with pytest.raises(ValueError, match=r"no setting 'strenght'\. Did you mean 'strength'"):
         Bundle.from_files(files, strenght=2)
+
+
+WRONG_MODULES = {
+    "no such class": ("", "should name a class or function that is there, but got 'uniform_outputs.UniformOutput'"),
+    "no such package": ("import nowhere_to_be_found\n", "can't be imported: ModuleNotFoundError: No module named"),
+    "wrong syntax": ("def f(:\n", "can't be imported: SyntaxError"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_MODULES)
+@pytest.mark.parametrize("command", ["unlearn", "study"])
+def test_a_module_that_can_not_be_used_is_told_before_any_training(folder: Path, name: str, command: str) -> None:
+    before, message = WRONG_MODULES[name]
+    module, config = folder / "uniform_outputs.py", folder / "uniform_outputs.json"
+    module.write_text(before + module.read_text(encoding="utf-8"), encoding="utf-8")
+    if not before:
+        config.write_text(config.read_text(encoding="utf-8").replace("UniformOutputs", "UniformOutput"))
+    block = next(block for block in _blocks("bash") if f"run {command}" in block)
+    given = {"dataset_file": "tiny.npz"}
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        _run(block, **(given if command == "unlearn" else {"options": given}))
+    assert message in messages(caught.value)
+    assert not list(folder.rglob("model.pt"))
+
+
+def test_a_shipped_name_for_another_method_is_refused(folder: Path) -> None:
+    own = folder / "mine" / "gradient_ascent.json"
+    own.parent.mkdir()
+    own.write_text((folder / "uniform_outputs.json").read_text(encoding="utf-8"), encoding="utf-8")
+    study = "python -m monai.bundle run study --config_file bundles/study.json"
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        _run(study, methods=["finetune", ["finetune", str(own)]], options={"dataset_file": "tiny.npz"})
+    assert "'gradient_ascent' is taken. Rename the config file" in messages(caught.value)
 
 
 @pytest.mark.slow

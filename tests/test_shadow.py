@@ -55,7 +55,7 @@ class Audit:
         parser = ConfigParser(ConfigParser.load_config_files(configs))
         own = {} if files[0] == "retrain" else {"epochs": 1}
         parser.update({**SMALL, **own, **changes})
-        self.bundle = Bundle(parser, ConfigParser.load_config_files(configs), changes)
+        self.bundle = Bundle(parser, ConfigParser.load_config_files(configs))
         self.bundle.check()
         self.bundle.share(data=data, device=torch.device("cpu"), split=split)
         self.data, self.split = data, split

@@ -250,8 +250,9 @@ def _methods(settings: Mapping[str, Any]) -> list[_Method]:
             )
     plain = [_method(entry, parts) for entry in settings["methods"]]
     names = [method.name for method in plain]
-    for name in names:
-        if name == NOTHING or names.count(name) > 1:
+    for method in plain:
+        name, ours = method.name, _shipped(method.own[-1]) and len(method.own) == 1
+        if name == NOTHING or names.count(name) > 1 or (not ours and _is_shipped_name(name)):
             raise ValueError(f"methods should have names of their own, but {name!r} is taken. Rename the config file.")
     tried = []
     if True in settings["tuned"]:
@@ -317,11 +318,23 @@ def _config(name: str, setting: str) -> str:
 def _content(file: str) -> str:
     """What stands for a config in a key: the name of a shipped one; of another name and hash, and those of its code."""
     path = Path(file)
-    if path.parent == bundle_path("train").parent:
-        return path.stem
     sources = sorted({str(component["_target_"]) for _, component in components(ConfigParser.load_config_file(path))})
     hashes = [file_hash(source) for source in filter(None, map(_source, sources))]
+    if _shipped(file) and not hashes:
+        return path.stem
     return " ".join([path.stem, *(found[:16] for found in (file_hash(path), *dict.fromkeys(hashes)))])
+
+
+def _shipped(file: str) -> bool:
+    """Whether a config lies where the package's own do."""
+    return Path(file).parent == bundle_path("train").parent
+
+
+def _is_shipped_name(name: str) -> bool:
+    try:
+        return bundle_path(name).is_file()
+    except ValueError:
+        return False
 
 
 def _source(target: str) -> Path | None:
