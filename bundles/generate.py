@@ -265,6 +265,7 @@ INFLUENCE = {
     "alpha": "@alpha",
     "damping": "@damping",
     "samples": "@fisher_samples",
+    "retained": "$len(@split.retain)",
     "seed": "@seed",
 }
 MASKED_SMALL_GRADIENTS = {

@@ -261,7 +261,6 @@ class AMUN:
             targets.append(found_targets)
             count += rows
         self.examples = sum(len(some) for some in images)
-        self.cost.samples += count
         if not count:
             raise ValueError("The loader of forget samples should hold at least one sample, but is empty.")
         if not self.examples:
@@ -292,8 +291,8 @@ class AMUN:
         labels = _classes(target, len(images))
 
         def classify(moved: torch.Tensor) -> torch.Tensor:
-            self.cost.forward += len(moved)
-            self.cost.backward += len(moved)
+            for name in ("samples", "forward", "backward"):
+                setattr(self.cost, name, getattr(self.cost, name) + len(moved))
             return _as_classes(engine.inferer(moved, original), labels, engine.loss_function)
 
         examples, answers, found = nearest_adversarial(classify, images, labels, self.epsilon, self.steps)

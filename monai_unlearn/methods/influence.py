@@ -155,6 +155,8 @@ class InfluenceUnlearning:
         damping: λ, greater than 0. Directions in which no retain sample's loss has a slope are stepped by α/λ · v.
         samples: N, at least 1; a smaller retain set is taken whole.
         seed: seed of the draw of these.
+        retained: how many retain samples the original was trained on, where the loader has only a part of them, which
+            stands for all; by default as many as the loader has.
         loader: retain samples only, without augmentation; by default made from the trainer's own loader.
         forget_loader: forget samples only, without augmentation; by default made from the trainer's own loader.
 
@@ -191,6 +193,7 @@ class InfluenceUnlearning:
         damping: float = 0.03,
         samples: int = 1000,
         seed: int = 0,
+        retained: int | None = None,
         loader: DataLoader | None = None,
         forget_loader: DataLoader | None = None,
     ) -> None:
@@ -205,6 +208,7 @@ class InfluenceUnlearning:
         self.damping = damping
         self.samples = samples
         self.seed = seed
+        self.retained = retained
         self.loader = loader
         self.forget_loader = forget_loader
         self.cost = Cost()
@@ -241,7 +245,12 @@ class InfluenceUnlearning:
                     f"loader should give each sample of its data set once, but gives {retained}. Make a data set of "
                     "the retain samples alone, and a loader without a sampler and drop_last."
                 )
-            vector = removal_gradient(forget_sum, retain_sum, forgotten, retained)
+            whole = retained if self.retained is None else self.retained
+            if whole < retained:
+                raise ValueError(
+                    f"retained should be at least {retained}, what the loader of retain samples has, but got {whole!r}."
+                )
+            vector = removal_gradient(forget_sum, retain_sum * (whole / retained), forgotten, whole)
             order = torch.randperm(retained, generator=torch.Generator().manual_seed(self.seed))
             with tqdm(desc="gradients of single samples", unit="sample", disable=None, leave=False) as bar:
                 blocks = _Blocks(engine, parameters, loader, sorted(order[: self.samples].tolist()), self.cost, bar)

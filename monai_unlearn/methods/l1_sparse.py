@@ -69,8 +69,9 @@ class L1Sparse:
     With ``retain=False`` it adds the penalty and nothing else, so that it goes with another method that takes gradient
     steps: ``RandomLabeling``, ``NegGradPlus``. By itself it then trains on forget samples too.
 
-    Runs on ``STARTED``, where a loader of retain samples takes the place of the trainer's (``retain=True``), and on
-    ``LOSS_COMPLETED``, where the penalty is added to the loss, which is also the one that is logged. With gradient
+    Runs on ``STARTED``, where a loader of retain samples takes the place of the trainer's (``retain=True``), on
+    ``LOSS_COMPLETED``, where the penalty is added to the loss, which is also the one that is logged, and on
+    ``BACKWARD_COMPLETED``, where it has to have reached the weights. With gradient
     accumulation the trainer takes the mean over the steps that it puts together, so the penalty counts once.
 
     Args:
@@ -83,7 +84,8 @@ class L1Sparse:
         ValueError: if ``alpha`` is negative or not finite, a loader is given that would not be used, or forget or
             retain samples can't be found.
         TypeError: if attached to an engine that is no plain ``SupervisedTrainer``.
-        RuntimeError: if a ``CheckpointLoader`` or a method that changes the loss stands after it.
+        RuntimeError: if a ``CheckpointLoader`` or a method that changes the loss stands after it, or the penalty does
+            not reach the weights, since another handler has put another loss in its place.
 
     References:
         Jia et al., Model Sparsity Can Simplify Machine Unlearning, NeurIPS 2023, arXiv:2304.04934. As in the public
@@ -109,14 +111,17 @@ class L1Sparse:
         self.alpha = alpha
         self.retain = retain
         self.loader = loader
+        self._missing = False  # whether the penalty of this step has not had its part in the backward pass yet
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer's events."""
         require_supervised_trainer(engine, self)
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._add_penalty)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._check_penalty)
 
     def _start(self, engine: SupervisedTrainer) -> None:
+        self._missing = False
         require_supervised_trainer(engine, self)
         require_loaded_weights(engine, self)
         self._require_final_loss(engine)
@@ -129,7 +134,7 @@ class L1Sparse:
         """Refuse a place before a method that would turn the penalty round, scale it or drop it with the loss."""
         handlers = unwrapped_handlers(engine, IterationEvents.LOSS_COMPLETED)
         for later in handlers[handlers.index(self) + 1 :]:
-            if later.__module__.startswith("monai_unlearn.methods."):
+            if (getattr(later, "__module__", None) or "").startswith("monai_unlearn.methods."):
                 name = getattr(later, "__qualname__", type(later).__name__).split(".")[0]
                 raise RuntimeError(
                     f"L1Sparse stands before {name}, which would change the penalty with the loss. Put it after "
@@ -140,4 +145,17 @@ class L1Sparse:
         weight = decayed(self.alpha, engine.state.epoch, int(engine.state.max_epochs or 0))
         if weight:  # 0 · ‖θ‖₁ would be no part of fine-tuning: its gradients are zeros, and NaN where a weight is
             trained = (parameter for parameter in plain_network(engine).parameters() if parameter.requires_grad)
-            engine.state.output[CommonKeys.LOSS] = engine.state.output[CommonKeys.LOSS] + weight * l1_norm(trained)
+            norm = l1_norm(trained)
+            self._missing = True
+            norm.register_hook(self._reached)
+            engine.state.output[CommonKeys.LOSS] = engine.state.output[CommonKeys.LOSS] + weight * norm
+
+    def _reached(self, gradient: torch.Tensor) -> None:
+        self._missing = False
+
+    def _check_penalty(self, engine: SupervisedTrainer) -> None:
+        if self._missing:
+            raise RuntimeError(
+                "The penalty of L1Sparse did not reach the weights: a handler that stands after it has put another "
+                "loss in the place of the one with it. Put L1Sparse after that handler in train_handlers."
+            )

@@ -218,9 +218,9 @@ def test_float64_training_equals_a_hand_written_loop(
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(network.state_dict()[name], value, rtol=1e-9, atol=1e-11)
     assert handler.examples == number
-    assert handler.cost.samples == 10 + 2 * len(steps) * number
-    searched = handler.cost.forward - 2 * len(steps) * number
-    assert searched == handler.cost.backward - 2 * len(steps) * number >= 10
+    searched = handler.cost.samples - 2 * len(steps) * number
+    assert searched >= 10
+    assert handler.cost.forward == handler.cost.backward == handler.cost.samples, "each pass of the search counts"
     assert handler.cost.seconds > 0
 
 
@@ -396,7 +396,7 @@ def test_given_loaders_are_used(make_trainer, trained, forget, records, loader_o
     trainer.run()
     assert trainer.state.iteration == 6
     assert handler.examples == 5
-    assert handler.cost.samples == 5 + 6 * 5
+    assert handler.cost.samples == handler.cost.forward >= 5 + 6 * 5
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -535,3 +535,22 @@ def test_a_loader_of_a_part_of_its_data_raises(make_trainer, forget, records) ->
 def test_ids_that_are_not_there_raise(make_trainer) -> None:
     with pytest.raises(ValueError, match="in the forget set"):
         make_trainer([InfluenceUnlearning(ForgetSet(["nobody"], key="patient"))]).run()
+
+
+def test_a_part_of_the_retain_set_stands_for_all_of_it(make_trainer, make_network, forget, double, loader_of) -> None:
+    """Every retain sample twice over: half of them, told how many there were, give the step that all of them give."""
+    some, gone = ([double.data[i] for i in rows] for rows in (RETAIN, FORGET))
+    states = []
+    for retain, told in ((some, 2 * len(some)), (some + some, None)):
+        network = make_network().double()
+        loaders = {"loader": loader_of(retain, 8), "forget_loader": loader_of(gone, 5)}
+        method = InfluenceUnlearning(forget, retained=told, **loaders)
+        make_trainer([method], network=network, dataset=double).run()
+        states.append(network.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-9, atol=1e-12)
+
+
+def test_fewer_retain_samples_than_there_are_raise(make_trainer, forget) -> None:
+    with pytest.raises(ValueError, match=r"retained should be at least 20, .* but got 19"):
+        make_trainer([InfluenceUnlearning(forget, retained=19)]).run()

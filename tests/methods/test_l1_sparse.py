@@ -290,3 +290,22 @@ def test_every_task_and_network_is_trained(make_trainer, forget, records, kind, 
     make_trainer([L1Sparse(forget)], max_epochs=1, **task).run()
     assert all(parameter.isfinite().all() for parameter in network.parameters())
     assert any((p != q).any() for p, q in zip(network.parameters(), before.parameters()))
+
+
+def test_a_handler_of_ones_own_that_drops_the_penalty_is_found(make_trainer, forget, on) -> None:
+    def replace(engine) -> None:
+        output = engine.state.output
+        output["loss"] = functional.cross_entropy(output["pred"], output["label"])
+
+    late, early = ([L1Sparse(forget), on(IterationEvents.LOSS_COMPLETED, replace)][::step] for step in (1, -1))
+    with pytest.raises(RuntimeError, match="The penalty of L1Sparse did not reach the weights: a handler that stands"):
+        make_trainer(late).run()
+    make_trainer(early).run()
+
+
+def test_a_plain_function_after_it_is_let_be(make_trainer, forget) -> None:
+    trainer = make_trainer([L1Sparse(forget)])
+    seen: list = []
+    trainer.add_event_handler(IterationEvents.LOSS_COMPLETED, seen.append, 1)
+    trainer.run()
+    assert seen
