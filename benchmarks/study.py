@@ -533,6 +533,7 @@ def page(table: pd.DataFrame, csv: Path, images: Path, folder: Path) -> str:
         sets=sets,
         csv=below(csv),
         images=below(images),
+        doc=lambda name: below(ROOT / "docs" / name),
         number=number,
         power=POWER,
         near=NEAR,

@@ -34,7 +34,7 @@ from monai_unlearn.evaluation import SPLITS, Facts, SplitResult, evaluate
 from monai_unlearn.handlers import SCORES, read_history
 from monai_unlearn.training import HISTORY, TrainedModel, find_model, train_model
 
-__all__ = ["Run", "refuse_near_chance", "remembered_outputs"]
+__all__ = ["Run", "near_chance", "refuse_near_chance", "remembered_outputs"]
 
 logger = logging.getLogger("monai_unlearn")
 
@@ -267,16 +267,24 @@ def refuse_near_chance(original: Mapping[str, SplitResult], num_classes: int, mu
     Raises:
         ValueError: if it is near chance.
     """
-    figure, chance = ("auroc", 0.5) if multi_label else ("balanced_accuracy", 1 / num_classes)
-    values = [getattr(original[name], figure) for name in ("forget", "retain")]
-    best = max((value for value in values if value is not None), default=1.0)
-    if best < chance + NEAR_CHANCE * (1 - chance):
+    near = near_chance(original, num_classes, multi_label)
+    if near is not None:
         raise ValueError(
-            f"The original model {path.name} has a {figure.replace('_', ' ').replace('auroc', 'mean AUROC')} of "
-            f"{best:.3f} on its own training data, near the chance of {chance:.3f}. Check that the images are scaled "
-            "as in its training, that the labels have the same order, and that the checkpoint is the "
-            "trained one."
+            f"The original model {path.name} has {near}. Check that the images are scaled as in its training, that the "
+            "labels have the same order, and that the checkpoint is the trained one."
         )
+
+
+def near_chance(results: Mapping[str, SplitResult], num_classes: int, multi_label: bool) -> str | None:
+    """What a model's figure is, in words, if it is near chance or below on the forget and the retain set; otherwise None."""
+    figure, chance = ("auroc", 0.5) if multi_label else ("balanced_accuracy", 1 / num_classes)
+    values = [getattr(results[name], figure) for name in ("forget", "retain")]
+    best = max((value for value in values if value is not None), default=1.0)
+    if best >= chance + NEAR_CHANCE * (1 - chance):
+        return None
+    name = figure.replace("_", " ").replace("auroc", "mean AUROC")
+    where = "near" if best >= chance * (1 - NEAR_CHANCE) else "below"
+    return f"a {name} of {best:.3f} on its own training data, {where} the chance of {chance:.3f}"
 
 
 def _difficulty(run: Run) -> pd.DataFrame | None:

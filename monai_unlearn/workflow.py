@@ -27,7 +27,7 @@ from monai_unlearn.handlers import on_terminal
 from monai_unlearn.leftovers import find
 from monai_unlearn.output import check_output_dir, replaced_folder, write_json
 from monai_unlearn.report import build_report, percent
-from monai_unlearn.run import Run, refuse_near_chance
+from monai_unlearn.run import Run, near_chance, refuse_near_chance
 from monai_unlearn.training import notes_of, run_methods, train_model
 
 __all__ = ["Chosen", "train", "unlearn", "unlearn_run"]
@@ -153,6 +153,11 @@ def _unlearn_into(folder: Path, run: Run, chosen: Chosen) -> dict:
     load_checkpoint(unlearned_path, checkpoint.key).load_into(network)
     unlearned = run.evaluate(evaluator, network)
 
+    useless = near_chance(unlearned, run.data.num_classes, run.data.multi_label)
+    if useless is not None:
+        useless = f"The unlearned model has {useless}: it is of no use. Lower the rate, or take another method."
+        logger.warning(useless)
+
     retrained = []
     for reference in references:
         load_checkpoint(reference.path).load_into(network)
@@ -175,6 +180,7 @@ def _unlearn_into(folder: Path, run: Run, chosen: Chosen) -> dict:
         notes=[
             *chosen.notes,
             *notes_of(methods),
+            *([] if useless is None else [useless]),
             *run.data.notes,
             *([NO_TEST_SET] if run.data.test is None else []),
             *run.remove_cached_copies(),

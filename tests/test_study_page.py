@@ -221,6 +221,8 @@ def test_a_page_may_lie_anywhere_and_a_missing_table_is_told(folder: Path, capsy
     text = page.read_text(encoding="utf-8")
     assert "](../docs/results/study.csv)" in text
     assert "](../pictures/" in text
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
     with pytest.raises(SystemExit):
         study.main(["--csv", "nowhere.csv"])
     assert "there is no nowhere.csv" in capsys.readouterr().err

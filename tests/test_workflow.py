@@ -318,6 +318,21 @@ def test_another_seed_gives_other_weights(workplace: Workplace) -> None:
     assert not _same(*states)
 
 
+def test_an_unlearned_model_that_is_of_no_use_is_told(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    """DELETE with a rate that is too high; and nothing of the kind where the model is as good as before."""
+    found = {}
+    for method, settings in {"finetune": {"lr": 1e-6}, "delete": {"lr": 3.0, "epochs": 5}}.items():
+        capsys.readouterr()
+        folder = workplace.unlearn(method, reference=False, **settings)
+        notes = json.loads((folder / "report.json").read_text(encoding="utf-8"))["notes"]
+        found[method] = [note for note in notes if note.startswith("The unlearned model has")]
+        printed = "".join(capsys.readouterr())
+        assert ("The unlearned model has a balanced accuracy of" in printed) == bool(found[method])
+    assert found["finetune"] == []
+    (note,) = found["delete"]
+    assert "near the chance of 0.333: it is of no use." in note
+
+
 def test_output_goes_where_output_dir_says(workplace: Workplace) -> None:
     workplace.unlearn(output_dir="deep/er/here")
     assert (workplace.folder / "deep/er/here/report.json").is_file()
