@@ -276,7 +276,7 @@ def refuse_near_chance(original: Mapping[str, SplitResult], num_classes: int, mu
 
 
 def near_chance(results: Mapping[str, SplitResult], num_classes: int, multi_label: bool) -> str | None:
-    """What a model's figure is, in words, if it is near chance or below on the forget and the retain set; otherwise None."""
+    """A model's figure in words, if it is near chance or below on the forget and the retain set; otherwise None."""
     figure, chance = ("auroc", 0.5) if multi_label else ("balanced_accuracy", 1 / num_classes)
     values = [getattr(results[name], figure) for name in ("forget", "retain")]
     best = max((value for value in values if value is not None), default=1.0)
