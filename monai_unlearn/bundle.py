@@ -356,10 +356,12 @@ def _check_arguments(path: str, component: dict) -> None:
     target = component["_target_"]
     if not isinstance(target, str) or _is_expression(target) or component.get("_disabled_"):
         return
+    full = target
+    if "." not in target:
+        module = ComponentLocator().get_component_module_name(target)
+        full = f"{module[0] if isinstance(module, list) else module}.{target}"  # of several MONAI takes the first too
     try:
-        found = locate(
-            target if "." in target else str(ComponentLocator().get_component_module_name(target)) + f".{target}"
-        )
+        found = locate(full)
     except ErrorDuringImport as error:
         reason = f"{type(error.value).__name__}: {error.value}"
         raise ValueError(f"{path} ({target}): {Path(str(error.filename)).name} can't be imported: {reason}") from error

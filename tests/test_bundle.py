@@ -19,6 +19,7 @@ from bundle_runs import CONFIGS, METHODS, PARTS, TINY, TRAIN, Workplace, checked
 from monai.bundle import ComponentLocator, ConfigParser, ckpt_export
 
 import monai_unlearn
+from monai_unlearn import bundle as bundle_module
 from monai_unlearn.bundle import Bundle, bundle_path, device_of, readable_errors, running_workflow
 
 pytest_plugins = ["bundle_runs"]
@@ -408,6 +409,26 @@ def test_the_recipes_hash_depends_on_data_split_and_seed() -> None:
 def test_no_bundle_runs_outside_of_monais_command() -> None:
     with pytest.raises(RuntimeError, match="No bundle is running"):
         Bundle.running()
+
+
+def test_a_short_name_that_is_nowhere_is_refused_and_one_of_monai_is_taken(tmp_path: Path) -> None:
+    for name, right in (("ScaleIntensityd", True), ("ScaleIntensityyd", False)):
+        own = tmp_path / "own.json"
+        own.write_text(json.dumps({"augmentation": [{"_target_": name, "keys": "image"}]}), encoding="utf-8")
+        files = [str(bundle_path("finetune")), str(own)]
+        if right:
+            Bundle.from_files(files)
+        else:
+            with pytest.raises(ValueError, match=r"should name a class or function that is there, but got 'ScaleInt"):
+                Bundle.from_files(files)
+
+
+def test_of_a_short_name_in_several_modules_the_first_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = ["monai.transforms.intensity.dictionary", "monai.nowhere"]
+    monkeypatch.setattr(bundle_module.ComponentLocator, "get_component_module_name", lambda self, name: modules)
+    bundle_module._check_arguments("here", {"_target_": "ScaleIntensityd", "keys": "image"})
+    with pytest.raises(ValueError, match="has no argument 'kyes'"):
+        bundle_module._check_arguments("here", {"_target_": "ScaleIntensityd", "kyes": "image"})
 
 
 # Devices and errors
