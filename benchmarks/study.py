@@ -64,35 +64,43 @@ def load(csv: Path) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
+def _options(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The options of each row."""
+    return [json.loads(text) if isinstance(text, str) and text else {} for text in table["options"]]
+
+
+def _differing(options: Sequence[dict[str, Any]]) -> list[str]:
+    """The options in which some rows differ from others."""
+    keys = sorted({key for one in options for key in one})
+    return [key for key in keys if len({json.dumps(one.get(key)) for one in options}) > 1]
+
+
 def _data_names(table: pd.DataFrame) -> list[str]:
     """Names of the data sets, with those options of the recipe in which the untouched originals differ."""
-    options = [json.loads(text) if isinstance(text, str) and text else {} for text in table["options"]]
+    options = _options(table)
     recipes: dict[str, list[dict]] = {}
     for data, method, own in zip(table["data"], table["method"], options):
         if method == NOTHING:
             recipes.setdefault(data, []).append(own)
-    names = []
-    for data, own in zip(table["data"], options):
-        known = recipes.get(data, [])
-        keys = sorted({key for one in known for key in one})
-        differing = [key for key in keys if len({json.dumps(one.get(key)) for one in known}) > 1]
-        names.append(", ".join([str(data), *(f"{key} {own[key]}" for key in differing if key in own)]))
-    return names
+    differing = {data: _differing(known) for data, known in recipes.items()}
+    return [
+        ", ".join([str(data), *(f"{key} {own[key]}" for key in differing.get(data, ()) if key in own)])
+        for data, own in zip(table["data"], options)
+    ]
 
 
 def _arms(table: pd.DataFrame) -> list[str]:
     """What a row's method is called: with the options in which rows of one method on one data set differ."""
-    options = [json.loads(text) if isinstance(text, str) and text else {} for text in table["options"]]
+    options = _options(table)
     names = []
     groups = list(zip(table["data"], table["method"], table["tuned"]))
-    differing: dict[tuple, set[str]] = {}
-    for group in set(groups):
-        own = [options[i] for i, other in enumerate(groups) if other == group]
-        keys = set().union(*own)
-        differing[group] = {key for key in keys if len({json.dumps(one.get(key)) for one in own}) > 1}
+    members: dict[tuple, list[dict]] = {}
+    for group, own in zip(groups, options):
+        members.setdefault(group, []).append(own)
+    differing = {group: _differing(own) for group, own in members.items()}
     for group, method, tuned, own in zip(groups, table["method"], table["tuned"], options):
         name = "untouched original" if method == NOTHING else str(method).replace("_", " ")
-        extra = [f"{key} {own[key]}" for key in sorted(differing[group]) if key in own] if method != NOTHING else []
+        extra = [f"{key} {own[key]}" for key in differing[group] if key in own] if method != NOTHING else []
         if str(tuned).lower() == "true":
             extra.insert(0, "tuned")
         names.append(f"{name}, {', '.join(extra)}" if extra else name)

@@ -306,7 +306,9 @@ class _Progress:
         self.seconds[what].append(seconds)
         runs = len(self.seconds["run"])
         # Before anything has taken its time there is nothing to reckon with.
-        left = f"about {tqdm.format_interval(self.left())}" if self.left() > 0 or runs == self.total["run"] else "?"
+        seconds_left = self.left()
+        known = seconds_left > 0 or runs == self.total["run"]
+        left = f"about {tqdm.format_interval(seconds_left)}" if known else "?"
         if self._bar is not None:
             if sentence:
                 self._bar.write(sentence, file=sys.stderr)

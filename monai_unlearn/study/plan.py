@@ -131,7 +131,9 @@ class _Method:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All config files of a run."""
+        """All config files of a run; none for the untouched original."""
+        if not self.own:
+            return ()
         return (*self.own, *self.parts, *((str(bundle_path("tune")),) if self.tuned else ()))
 
 
@@ -153,7 +155,9 @@ def make_plan(config: Mapping[str, Any], private: Path) -> Plan:
     # What the untouched original depends on: not how others unlearn from it.
     known = _keys((str(bundle_path("train")), *base.parts))
     plain = {key: value for key, value in settings["options"].items() if _top(key) in known}
-    nothing = _Method(NOTHING, options=_told(plain))
+    arms = (_Method(NOTHING, options=_told(plain)), *methods)
+    # What stands for a method in a key; reads its files, so once for all forget sets.
+    stands = [" + ".join(map(_content, method.own)) or method.name for method in arms]
     requests: dict[Path, list[dict]] = {}
     groups = []
     for seed in settings["seeds"]:
@@ -172,19 +176,19 @@ def make_plan(config: Mapping[str, Any], private: Path) -> Plan:
                     PlannedRun(
                         key=key_of(
                             **asked,
-                            method=" + ".join(map(_content, method.own)) if method.own else method.name,
+                            method=stand,
                             tuned=method.tuned,
                             options=method.options,
                             request=number,
                         ),
                         method=method.name,
-                        files=method.files if method.own else (),
+                        files=method.files,
                         tuned=method.tuned,
                         settings=method.settings,
                         options=method.options,
                         request=number,
                     )
-                    for method in (nothing, *methods)
+                    for method, stand in zip(arms, stands)
                     for number in (range(len(requests[folder])) if several else (None,))
                 ]
                 files = [str(folder / f"{number}.json") for number in range(len(requests[folder]))]
