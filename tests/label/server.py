@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -54,10 +55,14 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        app = subprocess.run(
+        shipped = subprocess.run(
             [PYTHON, "-m", "monai_unlearn", "path", "label_app"], capture_output=True, text=True, check=True
         ).stdout.strip()
-        command = ["-m", "monailabel.main", "start_server", "--app", app, "--studies", str(self.studies)]
+        # A copy, as docs/monai_label.md says: MONAI Label makes folders in it, and two servers that start at the same
+        # moment in one both find a folder missing, so that one of them fails to make it.
+        app = self.studies.parent / "app"
+        shutil.copytree(shipped, app, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        command = ["-m", "monailabel.main", "start_server", "--app", str(app), "--studies", str(self.studies)]
         command += ["--conf", "site", str(self.studies.parent / "site.json"), "--host", "127.0.0.1"]
         environment = {
             **os.environ,
