@@ -29,6 +29,7 @@ POWER = 3  # noise floors that the untouched original has to be away from retrai
 NEAR = 2  # noise floors that count as near
 CHEAP = 0.3  # share of retraining's samples
 EXCESS = 0.25  # of tuned saliency's excess
+SEEDS = 3  # on which a method has to have been run for the questions to be answered of it
 RUN = ["data", "method", "tuned", "kind", "fraction", "seed", "request", "options"]
 WORDS = {
     "random": "random",
@@ -236,6 +237,11 @@ class Data:
         self.powerless = [cell for cell in self.cells if not cell.power]
         self.failures = rows[rows["error"] != ""]
         self.figure = "AUROC" if (done["task"] == "multi-label").any() else "accuracy"
+        seeds = done.groupby("arm")["seed"].nunique()
+        known = {arm for cell in self.cells for arm in cell.methods()}
+        enough = {arm for arm in known if seeds[arm] >= SEEDS}
+        self.answered = enough or known  # a study of one or two seeds is not left without a word
+        self.unanswered = sorted(known - self.answered)
 
     def facts(self) -> str:
         """On what the figures were made."""
@@ -265,59 +271,48 @@ class Data:
         near: dict[str, int] = {}
         worse: dict[str, int] = {}
         for cell in self.powered:
-            for place, arm in enumerate(cell.methods()):
+            for place, arm in enumerate(self._methods([cell])):
                 first[arm] = first.get(arm, 0) + (place == 0)
                 near[arm] = near.get(arm, 0) + (cell.mean(arm, "gap") <= NEAR * cell.floor)
                 worse[arm] = worse.get(arm, 0) + cell.worse_than_nothing(arm)
-        runs = pd.concat([cell.arms[arm] for cell in self.powered for arm in cell.methods()] or [self.rows[:0]])
-        told = {arm: verdicts(rows) for arm, rows in runs.groupby("arm")}
         return [
             f"The smallest mean gap was that of {counted(first, total)} forget sets with power.",
             f"Within {NEAR} noise floors of retraining: {counted(near, total)}.",
             f"Further from retraining than the untouched original, beyond the seeds' spread: {counted(worse, total)}.",
-            "Verdicts of the audits: " + "; ".join(f"{arm}: {text}" for arm, text in told.items()) + ".",
         ]
 
-    def size(self) -> list[str]:
-        """Whether generalisation falls as the random forget set grows."""
-        cells = sorted((cell for cell in self.cells if cell.kind == "random"), key=lambda cell: cell.fraction)
-        sentences = []
-        for arm in self._methods(cells):
+    def size(self) -> list[list[str]]:
+        """For each method its test figure on random forget sets of each size, the trend, and where it harms."""
+        cells = self._random()
+        lines = []
+        for arm in self._methods(self.cells):
             own = [cell for cell in cells if arm in cell.arms]
-            changes = ", ".join(
-                f"{100 * cell.fraction:g} %: {with_interval(cell.values(arm, 'test_change'), sign=True)}"
-                for cell in own
-            )
-            said = f"{arm}: test {self.figure} against retraining {changes} points"
+            changes = [
+                with_interval(cell.values(arm, "test_change"), sign=True) if arm in cell.arms else "–" for cell in cells
+            ]
+            word = "–"
             if len(own) > 1:
                 trend = own[-1].values(arm, "test_change") - own[0].values(arm, "test_change")
                 mean, low, high = interval(trend)
-                word = "no trend that these seeds show"
+                word = "none that these seeds show"
                 if high < 0:
-                    word = f"it falls by {number(-mean)} points from the smallest to the largest"
+                    word = f"falls by {number(-mean)} from the smallest to the largest"
                 elif low > 0:
-                    word = f"it rises by {number(mean)} points from the smallest to the largest"
-                said += f"; {word}"
-            sentences.append(said + ".")
-        return sentences
+                    word = f"rises by {number(mean)} from the smallest to the largest"
+            known = [cell for cell in self.cells if arm in cell.arms]
+            lines.append([arm, *changes, word, f"{sum(bool(cell.harms(arm)) for cell in known)} of {len(known)}"])
+        return lines
 
-    def harm(self) -> str:
-        """Where retain or test figures are below the retrained models'."""
-        counts: dict[str, int] = {}
-        total: dict[str, int] = {}
-        for cell in self.cells:
-            for arm in cell.methods():
-                counts[arm] = counts.get(arm, 0) + bool(cell.harms(arm))
-                total[arm] = total.get(arm, 0) + 1
-        harmed = [f"{arm} on {n} of {total[arm]} forget sets" for arm, n in sorted(counts.items()) if n]
-        free = [arm for arm, n in sorted(counts.items()) if not n]
-        said = f"Retain or test {self.figure} below the retrained models' by more than their standard deviation: "
-        said += ", ".join(harmed) or "none"
-        return said + (f". On none: {', '.join(free)}." if free and harmed else ".")
+    def size_header(self) -> list[str]:
+        """Names of the columns of ``size``."""
+        return ["method", *(f"{100 * cell.fraction:g} %" for cell in self._random()), "trend", "harmed on"]
 
-    def alike(self, pair: str, one: str, other: str) -> list[str]:
-        """Whether two strata of the images are treated alike, within what retrained models differ by."""
-        sentences = []
+    def _random(self) -> list[Cell]:
+        return sorted((cell for cell in self.cells if cell.kind == "random"), key=lambda cell: cell.fraction)
+
+    def alike(self, pair: str) -> list[list[str]]:
+        """For each method where two strata are treated alike, where that was not shown, and where they are not."""
+        lines = []
         for arm in self._methods(self.cells):
             parts: dict[str, list[str]] = {}
             for cell in self.cells:
@@ -332,18 +327,15 @@ class Data:
                     if abs(mean) <= floor:
                         word = "alike"
                     elif low > 0 or high < 0:
-                        word = f"unlike ({one} less {other})"
+                        word = "unlike"
                     else:
                         word = "not shown"
                     text = f"{cell.name}, {split} {number(mean, sign=True)}"
                     parts.setdefault(word, []).append(text)
             if parts:
-                told = [
-                    f"{word} on {len(texts)}" + (f" [{'; '.join(texts)}]" if word.startswith("unlike") else "")
-                    for word, texts in sorted(parts.items())
-                ]
-                sentences.append(f"{arm}: {', '.join(told)}.")
-        return sentences
+                counts = [str(len(parts.get(word, ()))) for word in ("alike", "not shown")]
+                lines.append([arm, *counts, "; ".join(parts.get("unlike", ())) or "–"])
+        return lines
 
     def between(self, one: str, other: str) -> list[str]:
         """Whether one kind of forget set ends further from retraining than another of the same size."""
@@ -366,22 +358,17 @@ class Data:
                     )
         return sentences
 
-    def cost(self) -> list[str]:
-        """What each method costs, as a share of retraining's samples."""
-        sentences = []
+    def cost(self) -> list[list[str]]:
+        """What each method costs in samples, the same without tuning, and in seconds: shares of retraining's, in %."""
+        lines = []
         for arm in self._methods(self.cells):
             cells = [cell for cell in self.cells if arm in cell.arms]
             share, whole = (
                 100 * np.mean([cell.mean(arm, column) for cell in cells]) for column in ("share", "share_with_tuning")
             )
             seconds = 100 * np.mean([cell.mean(arm, "seconds_share_with_tuning") for cell in cells])
-            said = f"{arm}: {number(whole, 0)} % of retraining's samples, {number(seconds, 0)} % of its seconds"
-            if whole > share:
-                said += f", tuning included; {number(share, 0)} % of the samples without"
-            if whole > 100:
-                said += ": more than retraining"
-            sentences.append(said + ".")
-        return sentences
+            lines.append([arm, number(whole, 0), number(share, 0), number(seconds, 0)])
+        return lines
 
     def targets(self) -> list[list[str]]:
         """For each method on how many forget sets with power it holds what was asked for."""
@@ -394,7 +381,7 @@ class Data:
                 for cell in cells
                 if any(one in cell.arms for one in tuned)
             ]
-            answers = pd.concat([cell.arms[arm] for cell in cells])["verdict"]
+            runs = pd.concat([cell.arms[arm] for cell in cells])
             lines.append(
                 [
                     arm,
@@ -402,13 +389,16 @@ class Data:
                     f"{sum(against)} of {len(against)}" if against else "–",
                     f"{sum(cell.mean(arm, 'share_with_tuning') <= CHEAP for cell in cells)} of {len(cells)}",
                     f"{sum(not cell.harms(arm) for cell in cells)} of {len(cells)}",
-                    f"{(answers == 'equivalent').sum()} / {(answers == 'inconclusive').sum()} of {len(answers)}",
+                    verdicts(runs),
                 ]
             )
         return lines
 
     def _methods(self, cells: Iterable[Cell]) -> list[str]:
-        return list(dict.fromkeys(arm for cell in cells for arm in sorted(cell.methods())))
+        """Methods of which the questions are answered; of a single forget set the nearest to retraining first."""
+        cells = list(cells)
+        found = list(dict.fromkeys(arm for cell in cells for arm in cell.methods() if arm in self.answered))
+        return found if len(cells) == 1 else sorted(found)
 
     def failed(self) -> list[list[str]]:
         """Runs that failed."""
@@ -424,15 +414,15 @@ class Data:
 
     def plot_size(self, folder: Path) -> str | None:
         """Test change against the share that is forgotten, for random forget sets."""
-        cells = sorted((cell for cell in self.cells if cell.kind == "random"), key=lambda cell: cell.fraction)
-        if len({cell.fraction for cell in cells}) < 2:
+        cells = self._random()
+        arms = [arm for arm in self._methods(cells) if sum(arm in cell.arms for cell in cells) > 1]
+        if not arms:
             return None
         figure, axes = _axes(f"test {self.figure} less the retrained models', points", "share forgotten, %")
         places = [100 * cell.fraction for cell in cells]
         sd = np.array([cell.sd["test"] for cell in cells])
         axes.fill_between(places, -sd, sd, color="#bbbbbb", alpha=0.4, linewidth=0, label="retrained models' sd")
         axes.axhline(0, color="#333333", linewidth=0.8)
-        arms = self._methods(cells)
         for i, arm in enumerate(["untouched original", *arms]):
             own = [cell for cell in cells if arm in cell.arms]
             found = np.array([interval(cell.values(arm, "test_change")) for cell in own])
@@ -450,7 +440,7 @@ class Data:
         Means over the forget sets with power on which all variants were run, so that these compare with each other.
         """
         variants: dict[str, list[str]] = {}
-        for arm in self._methods(self.powered):
+        for arm in sorted({arm for cell in self.powered for arm in cell.methods()}):
             variants.setdefault(arm.split(",")[0] + (", tuned" if ", tuned" in arm else ""), []).append(arm)
         lines: dict[str, list[tuple[float, float, float]]] = {}
         for name, arms in variants.items():
@@ -534,6 +524,9 @@ def page(table: pd.DataFrame, csv: Path, images: Path, folder: Path) -> str:
         plots = {"size": data.plot_size(images), "cost": data.plot_cost(images)}
         sets.append((data, plots))
 
+    def header(names: Sequence[str]) -> str:
+        return f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|"
+
     def below(path: Path) -> str:
         return Path(os.path.relpath(path, folder)).as_posix()
 
@@ -545,8 +538,11 @@ def page(table: pd.DataFrame, csv: Path, images: Path, folder: Path) -> str:
         number=number,
         power=POWER,
         near=NEAR,
+        seeds=SEEDS,
+        line=lambda cells: f"| {' | '.join(cells)} |",
         cheap=round(100 * CHEAP),
-        header=f"| {' | '.join(HEADER)} |\n" + "|---" * len(HEADER) + "|",
+        header=header,
+        columns=HEADER,
     )
 
 
