@@ -496,6 +496,8 @@ def _draw(axes: Any, x: np.ndarray, found: np.ndarray, i: int, label: str) -> No
 
 
 def _save(figure: Figure, path: Path) -> str:
+    labels = sum(len(axes.get_legend_handles_labels()[1]) for axes in figure.axes)
+    figure.set_figheight(max(4, 0.19 * labels))  # room for all of the legend
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):  # the same file each time
