@@ -3,7 +3,8 @@
     python benchmarks/method_rows.py
 
 From docs/results/study.csv alone: a tenth of the training images forgotten at random, on every data set that has it.
-Only the section "In the study" of a page is written, and the gaps, the order and the levels of the README's table.
+Only the section "In the study" of a page is written, the gaps, the order and the levels of the README's table of
+methods, and its table of the recommended one beside the study's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from study import NOTHING, ROOT, load, number, per_seed
+from study import NOTHING, ROOT, Cell, Data, load, number, per_seed
 
 KIND, FRACTION = "random", 0.1
 FIRST = "embedded"  # the data set by which the README's table is sorted
@@ -44,6 +45,7 @@ EXPLAINED = textwrap.fill(
     width=130,
     break_on_hyphens=False,
 )
+COMPARED = ("auto", "saliency", "saliency, tuned")  # arms in the README's table of the recommended one
 MISSING = "Not measured yet."
 SECTION = "## In the study"
 BEFORE = ("## Differs", "## Cost", "## Source")  # where the section goes in a page that has none
@@ -95,30 +97,75 @@ def with_section(page: str, text: str) -> str:
 
 
 def readme(text: str, table: pd.DataFrame) -> str:
-    """The README with its table of methods filled in and sorted: the nearest to retraining first."""
+    """The README with its tables filled in: of methods, the nearest to retraining first, and of the recommended one."""
     lines = text.splitlines(keepends=True)
-    start = next(i for i, line in enumerate(lines) if line.startswith("| method | handlers |")) + 2
-    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
-    column = [name.strip() for name in lines[start - 2].strip().strip("|").split("|")].index("gap")
+    start, end = _table_after(lines, "| method | handlers |")
+    columns = [name.strip() for name in lines[start - 2].strip().strip("|").split("|")]
     rows = []
     for line in lines[start:end]:
         cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
         method = re.search(r"`(\w+)\.json`", line)
         assert method is not None, line
-        own = chosen(table, method[1])
-        gaps = per_seed(own[own["data"] == FIRST], ["gap"])["gap"]
-        exact = method[1] == "retrain"
-        if not exact:
-            cells[column] = "–" if gaps.empty else f"{number(gaps.mean())} ({len(gaps)})"
-        rows.append((not exact, gaps.mean() if len(gaps) else float("inf"), "| " + " | ".join(cells) + " |\n"))
+        exact, nearest = method[1] == "retrain", float("inf")
+        for name, tuned in (("gap", False), ("tuned", True)):
+            own = chosen(table, method[1], tuned)
+            gaps = per_seed(own[own["data"] == FIRST], ["gap"])["gap"]
+            if not (exact and name == "gap"):
+                cells[columns.index(name)] = "–" if gaps.empty else f"{number(gaps.mean())} ({len(gaps)})"
+            if not tuned and len(gaps):
+                nearest = gaps.mean()
+        rows.append((not exact, nearest, "| " + " | ".join(cells) + " |\n"))
     rows.sort(key=lambda row: row[:2])
+    lines[start:end] = [line for *_, line in rows]
+    start, end = _table_after(lines, "| data | forget sets |")
+    lines[start:end] = recommended(table)
     untouched = chosen(table, NOTHING)
     levels = per_seed(untouched[untouched["data"] == FIRST], ["floor", "untouched_gap"]).mean()
     return re.sub(
         r"(retrained models differ by )[\d.–]+( there, and the untouched original is )[\d.–]+( away)",
         rf"\g<1>{number(levels['floor'])}\g<2>{number(levels['untouched_gap'])}\g<3>",
-        "".join([*lines[:start], *(line for *_, line in rows), *lines[end:]]),
+        "".join(lines),
     )
+
+
+def recommended(table: pd.DataFrame) -> list[str]:
+    """Lines on the recommended method beside the study's: of each data set, forget sets with power and without."""
+    lines = []
+    for name, rows in table.groupby("data", sort=True):
+        data = Data(str(name), rows)
+        for cells in (data.powered, data.powerless):
+            own = [cell for cell in cells if "auto" in cell.arms]
+            if not own:
+                continue
+            gaps = [[cell.mean(arm, "gap") for cell in own if arm in cell.arms] for arm in COMPARED]
+            seeds = min(int(cell.arms["auto"]["seed"].nunique()) for cell in own)
+            line = [NAMES.get(str(name), str(name)), _sizes(own), str(seeds)]
+            line += [_range([cell.floor for cell in own]), _range([cell.untouched for cell in own])]
+            lines.append("| " + " | ".join([*line, *map(_range, gaps)]) + " |\n")
+    return lines
+
+
+def _table_after(lines: Sequence[str], header: str) -> tuple[int, int]:
+    """First and one past the last of the lines below a table's header."""
+    start = next(i for i, line in enumerate(lines) if line.startswith(header)) + 2
+    return start, next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+
+
+def _sizes(cells: Sequence[Cell]) -> str:
+    """``random 2, 10, 30 %; all women``: what forget sets are called, sizes of one kind together."""
+    sizes: dict[str, list[str]] = {}
+    for cell in cells:
+        kind, _, size = cell.name.partition(", ")
+        sizes.setdefault(kind, []).append(size.removesuffix(" %"))
+    return "; ".join(f"{kind} {', '.join(own)} %" if own[0] else kind for kind, own in sizes.items())
+
+
+def _range(values: Sequence[float]) -> str:
+    """``1.0 to 2.1``, or a single number, or a dash."""
+    if not values:
+        return "–"
+    ends = number(min(values)), number(max(values))
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def _with_deviation(values: pd.Series, sign: bool = False) -> str:

@@ -75,6 +75,30 @@ def test_a_methods_row_by_hand() -> None:
     assert _column(section, "gap")[number] == f"{statistics.mean(gaps):.1f} ({statistics.stdev(gaps):.1f})"
 
 
+def test_the_readmes_table_of_the_recommended_method_by_hand() -> None:
+    """Smallest and largest mean over seeds of the forget sets with power, from the file itself."""
+    last: dict[tuple[str, ...], dict[str, str]] = {}
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        for row in sorted(csv.DictReader(file), key=lambda row: row["finished"]):
+            if row["data"] == "embedded" and row["method"] == "auto" and row["options"] == "{}" and not row["error"]:
+                last[row["kind"], row["fraction"], row["seed"], row["request"]] = row
+    gaps: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for (kind, fraction, *_), row in last.items():
+        gaps.setdefault((kind, fraction), []).append(row)
+    means = [
+        statistics.mean(float(row["gap"]) for row in rows)
+        for rows in gaps.values()
+        if statistics.mean(float(row["untouched_gap"]) for row in rows)
+        >= 3 * statistics.mean(float(row["floor"]) for row in rows)
+    ]
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"^\| data \| forget sets \|(?:.*\n\|)*.*\n", page, re.M)
+    assert found is not None
+    place = _column(found[0], "data").index("embedded set")
+    assert _column(found[0], "`auto`")[place] == f"{min(means):.1f} to {max(means):.1f}"
+    assert len(means) == 6
+
+
 def test_the_readmes_table_is_sorted_and_has_every_method_once() -> None:
     table = _readme_table((ROOT / "README.md").read_text(encoding="utf-8"))
     bundles = re.findall(r"`(\w+)\.json`", table)
