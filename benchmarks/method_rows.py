@@ -137,11 +137,15 @@ def recommended(table: pd.DataFrame) -> list[str]:
             own = [cell for cell in cells if "auto" in cell.arms]
             if not own:
                 continue
-            gaps = [[cell.mean(arm, "gap") for cell in own if arm in cell.arms] for arm in COMPARED]
-            seeds = min(int(cell.arms["auto"]["seed"].nunique()) for cell in own)
-            line = [NAMES.get(str(name), str(name)), _sizes(own), str(seeds)]
+            line = [NAMES.get(str(name), str(name)), _sizes(own)]
             line += [_range([cell.floor for cell in own]), _range([cell.untouched for cell in own])]
-            lines.append("| " + " | ".join([*line, *map(_range, gaps)]) + " |\n")
+            for arm in COMPARED:
+                gaps = [cell.mean(arm, "gap") for cell in own if arm in cell.arms]
+                seeds = [len(cell.seeds_of(arm)) for cell in own if arm in cell.arms]
+                line.append(f"{_range(gaps)} ({_range(seeds, 0)})" if gaps else "–")
+            audits = pd.concat([cell.arms["auto"] for cell in own])["verdict"]
+            line.append(f"{(audits == 'different').sum()} of {len(audits)}")
+            lines.append("| " + " | ".join(line) + " |\n")
     return lines
 
 
@@ -160,11 +164,9 @@ def _sizes(cells: Sequence[Cell]) -> str:
     return "; ".join(f"{kind} {', '.join(own)} %" if own[0] else kind for kind, own in sizes.items())
 
 
-def _range(values: Sequence[float]) -> str:
-    """``1.0 to 2.1``, or a single number, or a dash."""
-    if not values:
-        return "–"
-    ends = number(min(values)), number(max(values))
+def _range(values: Sequence[float], digits: int = 1) -> str:
+    """``1.0 to 2.1``, or a single number."""
+    ends = number(min(values), digits), number(max(values), digits)
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 

@@ -30,6 +30,7 @@ NEAR = 2  # noise floors that count as near
 CHEAP = 0.3  # share of retraining's samples
 EXCESS = 0.25  # of tuned saliency's excess
 SEEDS = 3  # on which a method has to have been run for the questions to be answered of it
+SHOWN = 0.1  # points below which the tables show nothing; a smaller loss is no harm
 RUN = ["data", "method", "tuned", "kind", "fraction", "seed", "request", "options"]
 WORDS = {
     "random": "random",
@@ -62,6 +63,8 @@ def load(csv: Path) -> pd.DataFrame:
     for split in ("retain", "test"):  # of the task's main figure, in points
         sd = [table[f"retrained_{split}_{name}_sd"].to_numpy(float) for name in ("accuracy", "auroc")]
         table[f"{split}_sd"] = 100 * np.where(main == "auroc", sd[1], sd[0])
+        auroc = [table[f"{before}{split}_auroc"].to_numpy(float) for before in ("", "retrained_")]
+        table[f"{split}_auroc_change"], table[f"{split}_auroc_sd"] = 100 * (auroc[0] - auroc[1]), 100 * sd[1]
     return table.reset_index(drop=True)
 
 
@@ -153,7 +156,9 @@ class Cell:
         self.kind, self.fraction = rows["kind"].iloc[0], float(rows["fraction"].iloc[0])
         self.name = cell_name(self.kind, self.fraction)
         done = rows[rows["error"] == ""]
-        levels = per_seed(done, ["floor", "untouched_gap", "test_sd", "retain_sd"])
+        # Rows of one seed that were made apart have retrained models of their own: each set of them counts once.
+        names = ["floor", "untouched_gap", "test_sd", "retain_sd"]
+        levels = per_seed(done.drop_duplicates(["seed", "request", *names]), names)
         self.floor, self.untouched = levels["floor"].mean(), levels["untouched_gap"].mean()
         self.sd = {split: levels[f"{split}_sd"].mean() for split in ("test", "retain")}
         self.power = bool(self.untouched >= POWER * self.floor)
@@ -161,9 +166,10 @@ class Cell:
         self.n = done["n_forget"].mean()
         self.seeds = done["seed"].nunique()
 
-    def mean(self, arm: str, column: str) -> float:
-        """Mean of a column over the seeds."""
-        return float(per_seed(self.arms[arm], [column])[column].mean())
+    def mean(self, arm: str, column: str, seeds: Iterable[int] | None = None) -> float:
+        """Mean of a column over the seeds, all of the arm's or those given."""
+        values = self.values(arm, column)
+        return float((values if seeds is None else values[values.index.isin(list(seeds))]).mean())
 
     def values(self, arm: str, column: str) -> pd.Series:
         """A column for each seed."""
@@ -179,9 +185,21 @@ class Cell:
         difference = self.values(arm, "gap") - self.values(arm, "untouched_gap")
         return interval(difference)[1] > 0
 
+    def seeds_of(self, arm: str) -> set[int]:
+        """The seeds that an arm was run on."""
+        return set(self.arms[arm]["seed"])
+
+    def is_near(self, arm: str) -> bool:
+        """Whether an arm's gap is within some floors, those of the retrained models that it was compared with."""
+        return self.mean(arm, "gap") <= NEAR * self.mean(arm, "floor")
+
     def harms(self, arm: str) -> list[str]:
-        """Splits on which an arm is below the retrained models by more than their standard deviation."""
-        return [split for split in ("retain", "test") if self.mean(arm, f"{split}_change") < -self.sd[split]]
+        """Figures that are below the retrained models' by more than their standard deviation, and than is shown."""
+        return [
+            figure
+            for figure in ("retain", "test", "retain_auroc", "test_auroc")
+            if self.mean(arm, f"{figure}_change") < -max(self.mean(arm, f"{figure}_sd"), SHOWN)
+        ]
 
     def table(self) -> list[list[str]]:
         """Lines of the cell's table, nearest to retraining first."""
@@ -191,7 +209,7 @@ class Cell:
             tuned = self.mean(arm, "share_with_tuning"), self.mean(arm, "share")
             share = f"{number(100 * tuned[0], 0)} %"
             if tuned[0] > tuned[1]:
-                share += f" ({number(100 * tuned[1], 0)} % untuned)"
+                share += f" ({number(100 * tuned[1], 0)} % without search and judging)"
             lines.append(
                 [
                     arm,
@@ -217,10 +235,10 @@ def verdicts(rows: pd.DataFrame) -> str:
     return ", ".join(f"{told.count(one)} × {one}" for one in dict.fromkeys(sorted(told))) or "–"
 
 
-def counted(counts: dict[str, int], total: int) -> str:
-    """``a in 2 of 3, b in 1 of 3``, most first."""
-    found = sorted(((n, arm) for arm, n in counts.items() if n), key=lambda pair: (-pair[0], pair[1]))
-    return ", ".join(f"{arm} in {n} of {total}" for n, arm in found) or "none"
+def counted(answers: dict[str, list[bool]]) -> str:
+    """``a on 2 of 3, b on 1 of 1``, those of most forget sets first; those on none are left out."""
+    found = sorted(((sum(own), arm) for arm, own in answers.items() if any(own)), key=lambda pair: (-pair[0], pair[1]))
+    return ", ".join(f"{arm} on {n} of {len(answers[arm])}" for n, arm in found) or "none"
 
 
 class Data:
@@ -266,19 +284,18 @@ class Data:
         """Which methods come near to retraining."""
         if not self.powered:
             return [f"No forget set of {self.name} has power: nothing is said of its methods' effect."]
-        total = len(self.powered)
-        first: dict[str, int] = {}
-        near: dict[str, int] = {}
-        worse: dict[str, int] = {}
+        first, near, worse = ({} for _ in range(3))
         for cell in self.powered:
             for place, arm in enumerate(self._methods([cell])):
-                first[arm] = first.get(arm, 0) + (place == 0)
-                near[arm] = near.get(arm, 0) + (cell.mean(arm, "gap") <= NEAR * cell.floor)
-                worse[arm] = worse.get(arm, 0) + cell.worse_than_nothing(arm)
+                first.setdefault(arm, []).append(place == 0)
+                near.setdefault(arm, []).append(cell.is_near(arm))
+                worse.setdefault(arm, []).append(cell.worse_than_nothing(arm))
+        numbers = sorted({len(self._methods([cell])) for cell in self.powered})
+        methods = " to ".join(dict.fromkeys((str(numbers[0]), str(numbers[-1]))))
         return [
-            f"The smallest mean gap was that of {counted(first, total)} forget sets with power.",
-            f"Within {NEAR} noise floors of retraining: {counted(near, total)}.",
-            f"Further from retraining than the untouched original, beyond the seeds' spread: {counted(worse, total)}.",
+            f"Nearest to retraining of the {methods} methods on a forget set: {counted(first)}.",
+            f"Within {NEAR} noise floors of retraining: {counted(near)}.",
+            f"Further from retraining than the untouched original, beyond the seeds' spread: {counted(worse)}.",
         ]
 
     def size(self) -> list[list[str]]:
@@ -287,9 +304,7 @@ class Data:
         lines = []
         for arm in self._methods(self.cells):
             own = [cell for cell in cells if arm in cell.arms]
-            changes = [
-                with_interval(cell.values(arm, "test_change"), sign=True) if arm in cell.arms else "–" for cell in cells
-            ]
+            changes = [self._test_changes(cell, arm) if arm in cell.arms else "–" for cell in cells]
             word = "–"
             if len(own) > 1:
                 trend = own[-1].values(arm, "test_change") - own[0].values(arm, "test_change")
@@ -303,6 +318,13 @@ class Data:
             lines.append([arm, *changes, word, f"{sum(bool(cell.harms(arm)) for cell in known)} of {len(known)}"])
         return lines
 
+    def _test_changes(self, cell: Cell, arm: str) -> str:
+        """Change of the main figure with its interval; where that is accuracy, AUROC's too."""
+        said = with_interval(cell.values(arm, "test_change"), sign=True)
+        if self.figure == "AUROC" or np.isnan(cell.mean(arm, "test_auroc_change")):
+            return said
+        return f"{said}; {number(cell.mean(arm, 'test_auroc_change'), sign=True)}"
+
     def size_header(self) -> list[str]:
         """Names of the columns of ``size``."""
         return ["method", *(f"{100 * cell.fraction:g} %" for cell in self._random()), "trend", "harmed on"]
@@ -311,9 +333,10 @@ class Data:
         return sorted((cell for cell in self.cells if cell.kind == "random"), key=lambda cell: cell.fraction)
 
     def alike(self, pair: str) -> list[list[str]]:
-        """For each method where two strata are treated alike, where that was not shown, and where they are not."""
+        """For each method, and the untouched original, on how many forget sets two strata differ, and by how much."""
         lines = []
-        for arm in self._methods(self.cells):
+        untouched = {arm for cell in self.cells for arm, rows in cell.arms.items() if rows["method"].iloc[0] == NOTHING}
+        for arm in [*self._methods(self.cells), *sorted(untouched)]:
             parts: dict[str, list[str]] = {}
             for cell in self.cells:
                 if arm not in cell.arms:
@@ -321,20 +344,17 @@ class Data:
                 for split in ("forget", "test"):
                     values = cell.values(arm, f"{pair}_{split}_difference")
                     mean, low, high = interval(values)
-                    if np.isnan(mean):
-                        continue
                     floor = cell.mean(arm, f"{pair}_{split}_floor")
-                    if abs(mean) <= floor:
-                        word = "alike"
-                    elif low > 0 or high < 0:
-                        word = "unlike"
-                    else:
-                        word = "not shown"
+                    if np.isnan(mean) or np.isnan(floor):
+                        continue
+                    word = "within"
+                    if abs(mean) > floor:
+                        word = "beyond" if low > 0 or high < 0 else "not shown"
                     text = f"{cell.name}, {split} {number(mean, sign=True)}"
                     parts.setdefault(word, []).append(text)
             if parts:
-                counts = [str(len(parts.get(word, ()))) for word in ("alike", "not shown")]
-                lines.append([arm, *counts, "; ".join(parts.get("unlike", ())) or "–"])
+                counts = [str(len(parts.get(word, ()))) for word in ("within", "not shown")]
+                lines.append([arm, *counts, "; ".join(parts.get("beyond", ())) or "–"])
         return lines
 
     def between(self, one: str, other: str) -> list[str]:
@@ -347,10 +367,12 @@ class Data:
                 continue
             for arm in self._methods([cell]):
                 if arm in second.arms:
-                    excess = cell.values(arm, "excess") - second.values(arm, "excess")
+                    excess = (cell.values(arm, "excess") - second.values(arm, "excess")).dropna()
                     mean, low, high = interval(excess)
                     word = "no difference that these seeds show"
-                    if low > 0 or high < 0:
+                    if len(excess) < SEEDS:
+                        word = f"too few seeds in common ({len(excess)}) to say anything"
+                    elif low > 0 or high < 0:
                         word = f"further from retraining for {one if mean > 0 else other}"
                     sentences.append(
                         f"{arm}, {one} less {other}, {100 * fraction:g} %: excess over the floor "
@@ -367,7 +389,7 @@ class Data:
                 100 * np.mean([cell.mean(arm, column) for cell in cells]) for column in ("share", "share_with_tuning")
             )
             seconds = 100 * np.mean([cell.mean(arm, "seconds_share_with_tuning") for cell in cells])
-            lines.append([arm, number(whole, 0), number(share, 0), number(seconds, 0)])
+            lines.append([arm, str(len(cells)), number(whole, 0), number(share, 0), number(seconds, 0)])
         return lines
 
     def targets(self) -> list[list[str]]:
@@ -377,15 +399,16 @@ class Data:
         for arm in self._methods(self.powered):
             cells = [cell for cell in self.powered if arm in cell.arms]
             against = [
-                cell.mean(arm, "excess") <= EXCESS * min(cell.mean(one, "excess") for one in tuned if one in cell.arms)
+                cell.mean(arm, "excess", seeds) <= EXCESS * cell.mean(one, "excess", seeds)
+                for one in tuned
                 for cell in cells
-                if any(one in cell.arms for one in tuned)
+                if one in cell.arms and (seeds := cell.seeds_of(arm) & cell.seeds_of(one))
             ]
             runs = pd.concat([cell.arms[arm] for cell in cells])
             lines.append(
                 [
                     arm,
-                    f"{sum(cell.mean(arm, 'gap') <= NEAR * cell.floor for cell in cells)} of {len(cells)}",
+                    f"{sum(cell.is_near(arm) for cell in cells)} of {len(cells)}",
                     f"{sum(against)} of {len(against)}" if against else "–",
                     f"{sum(cell.mean(arm, 'share_with_tuning') <= CHEAP for cell in cells)} of {len(cells)}",
                     f"{sum(not cell.harms(arm) for cell in cells)} of {len(cells)}",
@@ -434,42 +457,46 @@ class Data:
         axes.minorticks_off()
         return _save(figure, folder / f"study-size-{self.slug}.svg")
 
-    def frontier(self) -> dict[str, list[tuple[float, float, float]]]:
-        """Cost with tuning (%), gap in noise floors and cost without, of each method and its variants.
+    def frontier(self) -> tuple[Cell | None, dict[str, list[tuple[float, float, float]]]]:
+        """The forget set with power on which most was run; on it, for each method and its variants, points.
 
-        Means over the forget sets with power on which all variants were run, so that these compare with each other.
+        Returns:
+            The forget set, and by method a list of: cost with tuning (%), gap in noise floors, cost without (%). Means
+            over the seeds that the variants of a method have in common, so that these compare with each other.
         """
+        if not self.powered:
+            return None, {}
+        cell = max(self.powered, key=lambda cell: len(cell.methods()))
         variants: dict[str, list[str]] = {}
-        for arm in sorted({arm for cell in self.powered for arm in cell.methods()}):
+        for arm in sorted(cell.methods()):
             variants.setdefault(arm.split(",")[0] + (", tuned" if ", tuned" in arm else ""), []).append(arm)
         lines: dict[str, list[tuple[float, float, float]]] = {}
         for name, arms in variants.items():
-            cells = [cell for cell in self.powered if cell.arms.keys() >= set(arms) and cell.floor > 0]
-            for arm in arms if cells else ():
-                share, whole = (
-                    100 * float(np.mean([cell.mean(arm, column) for cell in cells]))
-                    for column in ("share", "share_with_tuning")
+            seeds = set.intersection(*map(cell.seeds_of, arms))
+            for arm in arms if seeds else ():
+                whole, share, gap, floor = (
+                    cell.mean(arm, column, seeds) for column in ("share_with_tuning", "share", "gap", "floor")
                 )
-                gap = float(np.mean([cell.mean(arm, "gap") / cell.floor for cell in cells]))
-                lines.setdefault(name, []).append((whole, gap, share))
-        return lines
+                if floor > 0:
+                    lines.setdefault(name, []).append((100 * whole, gap / floor, 100 * share))
+        return cell, lines
 
     def plot_cost(self, folder: Path) -> str | None:
         """Gap against cost, variants of one method joined."""
-        lines = self.frontier()
-        if not lines:
+        cell, lines = self.frontier()
+        if cell is None or not lines:
             return None
-        figure, axes = _axes("mean gap to retraining in noise floors", "share of retraining's samples, %")
+        figure, axes = _axes(f"gap to retraining in noise floors ({cell.name})", "share of retraining's samples, %")
         for i, (name, points) in enumerate(lines.items()):
             whole, gap, share = np.array(sorted(points)).T
-            color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+            color, marker = _style(i)
             axes.plot(whole, gap, color=color, marker=marker, markersize=5, linewidth=1, label=name)
             for x, y, before in zip(whole, gap, share):
                 if before < x:  # where it stands without its tuning
                     axes.plot([before, x], [y, y], color=color, linewidth=1, linestyle=":")
                     axes.plot(before, y, color=color, marker=marker, markersize=5, fillstyle="none")
-        untouched = float(np.mean([cell.untouched / cell.floor for cell in self.powered if cell.floor > 0]))
-        axes.axhline(untouched, color="#8a8a8a", linewidth=0.8, linestyle="--", label="untouched original")
+        level = {"linewidth": 0.8, "color": "#8a8a8a"}
+        axes.axhline(cell.untouched / cell.floor, **level, linestyle="--", label="untouched original")
         axes.axhline(NEAR, color="#333333", linewidth=0.8, linestyle=":", label=f"{NEAR} floors")
         axes.set_xscale("symlog", linthresh=1)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -487,11 +514,16 @@ def _axes(y: str, x: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
+def _style(i: int) -> tuple[str, str]:
+    """Colour and marker of a method, another pair for each of the first 96."""
+    return COLORS[i % len(COLORS)], MARKERS[(i + 5 * (i // len(COLORS))) % len(MARKERS)]
+
+
 def _draw(axes: Any, x: np.ndarray, found: np.ndarray, i: int, label: str) -> None:
     """Means with their intervals."""
     mean = found[:, 0]
     ends = np.nan_to_num(np.abs(found[:, 1:].T - mean))
-    style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+    style = dict(zip(("color", "marker"), _style(i)))
     axes.errorbar(x, mean, yerr=ends, markersize=5, linewidth=1, capsize=2, label=label, **style)
 
 
@@ -541,6 +573,7 @@ def page(table: pd.DataFrame, csv: Path, images: Path, folder: Path) -> str:
         power=POWER,
         near=NEAR,
         seeds=SEEDS,
+        shown=SHOWN,
         line=lambda cells: f"| {' | '.join(cells)} |",
         cheap=round(100 * CHEAP),
         header=header,

@@ -95,7 +95,7 @@ def test_the_readmes_table_of_the_recommended_method_by_hand() -> None:
     found = re.search(r"^\| data \| forget sets \|(?:.*\n\|)*.*\n", page, re.M)
     assert found is not None
     place = _column(found[0], "data").index("embedded set")
-    assert _column(found[0], "`auto`")[place] == f"{min(means):.1f} to {max(means):.1f}"
+    assert _column(found[0], "`auto` (seeds)")[place] == f"{min(means):.1f} to {max(means):.1f} (5)"
     assert len(means) == 6
 
 
