@@ -284,7 +284,9 @@ class Data:
         """Which methods come near to retraining."""
         if not self.powered:
             return [f"No forget set of {self.name} has power: nothing is said of its methods' effect."]
-        first, near, worse = ({} for _ in range(3))
+        first: dict[str, list[bool]] = {}
+        near: dict[str, list[bool]] = {}
+        worse: dict[str, list[bool]] = {}
         for cell in self.powered:
             for place, arm in enumerate(self._methods([cell])):
                 first.setdefault(arm, []).append(place == 0)
