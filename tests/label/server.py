@@ -158,6 +158,16 @@ class Server:
             time.sleep(0.5)
         raise TimeoutError(task)
 
+    def running(self) -> dict[str, Any]:
+        """Wait until a task's process is there: MONAI Label answers before it has started one."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            status, task = self.call("GET", "/train/?check_if_running=true")
+            if status == 200:
+                return task
+            time.sleep(0.05)
+        raise TimeoutError(task)
+
     def until(self, id: str, *states: str) -> dict[str, Any]:
         """Wait until a deletion request is in one of these states."""
         end = time.monotonic() + PATIENCE

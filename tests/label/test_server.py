@@ -118,12 +118,13 @@ def test_the_one_button_of_ohif_unlearns_where_somebody_is_named(server: Server)
     assert status == 200, content
     assert list(content) == ["unlearn"]
     task = content["unlearn"]["result"]
-    assert server.get("/train/?check_if_running=true")["id"] == task["id"]
+    assert server.running()["id"] == task["id"]
     assert server.wait(task["id"])["status"] == "DONE"
     assert server.get(f"/unlearn/{task['unlearning']['id']}")["state"] == "served"
     assert "PAT-0003" not in server.log.read_text()
     status, content = server.call("POST", "/train/", {"opacity": {"max_epochs": 1}})
     assert (status, list(content)) == (200, ["opacity"])
+    assert server.running()["id"] == content["opacity"]["result"]["id"]
     assert server.call("DELETE", "/train/")[0] == 200
 
 
