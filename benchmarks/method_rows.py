@@ -106,15 +106,11 @@ def readme(text: str, table: pd.DataFrame) -> str:
         cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
         method = re.search(r"`(\w+)\.json`", line)
         assert method is not None, line
-        exact, nearest = method[1] == "retrain", float("inf")
-        for name, tuned in (("gap", False), ("tuned", True)):
-            own = chosen(table, method[1], tuned)
-            gaps = per_seed(own[own["data"] == FIRST], ["gap"])["gap"]
-            if not (exact and name == "gap"):
-                cells[columns.index(name)] = "–" if gaps.empty else f"{number(gaps.mean())} ({len(gaps)})"
-            if not tuned and len(gaps):
-                nearest = gaps.mean()
-        rows.append((not exact, nearest, "| " + " | ".join(cells) + " |\n"))
+        gaps, tuned = (_gaps(table, method[1], searched) for searched in (False, True))
+        exact = method[1] == "retrain"
+        cells[columns.index("gap")] = "exact" if exact else _with_seeds(gaps)
+        cells[columns.index("tuned")] = _with_seeds(tuned)
+        rows.append((not exact, gaps.mean() if len(gaps) else float("inf"), "| " + " | ".join(cells) + " |\n"))
     rows.sort(key=lambda row: row[:2])
     lines[start:end] = [line for *_, line in rows]
     start, end = _table_after(lines, "| data | forget sets |")
@@ -168,6 +164,16 @@ def _range(values: Sequence[float], digits: int = 1) -> str:
     """``1.0 to 2.1``, or a single number."""
     ends = number(min(values), digits), number(max(values), digits)
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
+def _gaps(table: pd.DataFrame, method: str, tuned: bool) -> pd.Series:
+    """A method's gap for each seed of the first data set."""
+    own = chosen(table, method, tuned)
+    return per_seed(own[own["data"] == FIRST], ["gap"])["gap"]
+
+
+def _with_seeds(values: pd.Series) -> str:
+    return "–" if values.empty else f"{number(values.mean())} ({len(values)})"
 
 
 def _with_deviation(values: pd.Series, sign: bool = False) -> str:
