@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from study import NOTHING, ROOT, Cell, Data, load, number, per_seed
+from study import NOTHING, ROOT, Cell, Data, add_csv, load, number, per_seed
 
 KIND, FRACTION = "random", 0.1
 FIRST = "embedded"  # the data set by which the README's table is sorted
@@ -184,7 +184,7 @@ def _with_deviation(values: pd.Series, sign: bool = False) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the pages and the README."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "results" / "study.csv")
+    add_csv(parser)
     parser.add_argument("--root", type=Path, default=ROOT, help="the folder of README.md and docs")
     given = parser.parse_args(arguments)
     table = load(given.csv)

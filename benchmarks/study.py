@@ -583,15 +583,25 @@ def page(table: pd.DataFrame, csv: Path, images: Path, folder: Path) -> str:
     )
 
 
+def add_csv(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the table, which has to be there."""
+
+    def table(text: str) -> Path:
+        if not Path(text).is_file():
+            raise argparse.ArgumentTypeError(f"should be a study's table, but there is no {text}.")
+        return Path(text)
+
+    # As text: argparse looks at a default only then.
+    parser.add_argument("--csv", type=table, default=str(ROOT / "docs" / "results" / "study.csv"))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "results" / "study.csv")
+    add_csv(parser)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
     parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
     chosen = parser.parse_args(arguments)
-    if not chosen.csv.is_file():
-        parser.error(f"--csv should be a study's table, but there is no {chosen.csv}.")
     chosen.page.parent.mkdir(parents=True, exist_ok=True)
     text = page(load(chosen.csv), chosen.csv, chosen.images, chosen.page.parent)
     chosen.page.write_text(text, encoding="utf-8")

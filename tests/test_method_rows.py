@@ -57,6 +57,13 @@ def test_figures_that_were_changed_by_hand_or_lost_are_written_anew(copy: Path) 
     assert _pages(copy) == _pages(ROOT)
 
 
+def test_a_table_that_is_not_there_is_told(copy: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        method_rows.main(["--root", str(copy), "--csv", "nowhere.csv"])
+    assert "there is no nowhere.csv" in capsys.readouterr().err
+    assert _pages(copy) == _pages(ROOT)
+
+
 def test_a_methods_row_by_hand() -> None:
     """Mean and deviation over seeds of the last finished run of each, from the file itself."""
     last: dict[str, dict[str, str]] = {}
