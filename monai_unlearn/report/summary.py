@@ -30,7 +30,7 @@ def findings(report: Mapping[str, Any]) -> list[str]:
     """The summary's sentences below the verdict, most important first."""
     audit = report["audit"]
     parts = [_before_audit(report)] if audit is None else [_attack(report), _distance(report)]
-    parts.append(_new_images(report))
+    parts += [_new_images(report), _kept(report)]
     if audit is not None:
         parts += [_missed(report), _subgroups(report)]
     parts.append(_general(report))
@@ -178,6 +178,17 @@ def _new_images(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"On new images (the test set) the unlearned model's {', and its '.join(differences)}."
     if multi_label:
         yield from _largest_change(unlearned, other, against)
+
+
+def _kept(report: Mapping[str, Any]) -> Iterator[str]:
+    """How the unlearned model does on the images that stay, beside the retrained one, or the original."""
+    models = report["models"]
+    against = "original" if models["retrained"] is None else "retrained"
+    figure, name = ("auroc", "mean AUROC") if report["task"] == "multi-label" else ("accuracy", "accuracy")
+    unlearned, other = models["unlearned"]["retain"][figure], models[against]["retain"][figure]
+    if None not in (unlearned, other):
+        told = f"{_difference(unlearned - other)} the {against} model's"
+        yield f"On training images that stay (the retain set) the unlearned model's {name} is {told}."
 
 
 def _largest_change(unlearned: Mapping[str, Any], other: Mapping[str, Any], against: str) -> Iterator[str]:

@@ -261,6 +261,30 @@ def test_the_findings_compare_the_ranking_of_new_images_too(make_report: MakeRep
     assert "percentage points away" not in told
 
 
+@pytest.mark.parametrize(
+    ("retain", "words"), [(-0.071, "7.1 points lower than"), (0.02, "2.0 points higher than"), (0.0, "the same as")]
+)
+@pytest.mark.parametrize("reference", [True, False])
+def test_the_findings_say_what_was_lost_on_images_that_stay(
+    make_report: MakeReport, figures: dict[str, dict], retain: float, words: str, reference: bool
+) -> None:
+    against = "retrained" if reference else "original"
+    figures["unlearned"]["retain"]["accuracy"] = figures[against]["retain"]["accuracy"] + retain
+    told = _told(make_report(reference))
+    assert f"(the retain set) the unlearned model's accuracy is {words} the {against} model's." in told
+
+
+def test_of_several_findings_the_mean_auroc_on_images_that_stay_is_told(
+    make_report: MakeReport, finding_figures: dict[str, dict]
+) -> None:
+    finding_figures["unlearned"]["retain"]["auroc"] = finding_figures["retrained"]["retain"]["auroc"] - 0.046
+    assert "(the retain set) the unlearned model's mean AUROC is 4.6 points lower" in _told(
+        make_report(task="multi-label")
+    )
+    finding_figures["unlearned"]["retain"]["auroc"] = None
+    assert "that stay" not in _told(make_report(task="multi-label"))
+
+
 def test_with_several_findings_the_one_that_differs_most_is_named(
     make_report: MakeReport, finding_figures: dict[str, dict]
 ) -> None:
