@@ -8,7 +8,7 @@ from typing import Any
 
 from monai_unlearn.report.numbers import DASH, change, count, counted, interval, number, percent
 from monai_unlearn.report.results import MAIN_FIGURE, SPLITS, cost_sentence
-from monai_unlearn.report.summary import SAME_METHOD, largest_missed
+from monai_unlearn.report.summary import SAME_METHOD, held_against, largest_missed
 from monai_unlearn.report.verdict import headline, limit, meaning
 
 __all__ = ["model_card"]
@@ -89,7 +89,7 @@ def _harm(report: Mapping[str, Any]) -> list[str]:
     audit = report["audit"]
     lines = []
     utility = audit["utility"].get("test")
-    against = "original" if report["models"]["retrained"] is None else "retrained"
+    against = held_against(report)
     if utility is not None:
         changes = utility["changes"][against] or {}
         names = {"accuracy": "accuracy", "auroc": "AUROC", "sensitivity": "sensitivity", "ece": "calibration error"}

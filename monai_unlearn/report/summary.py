@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from monai_unlearn.report.numbers import change, counted, interval, number, signed
-from monai_unlearn.report.results import UNLEARNING, cost_sentence, request_warning
+from monai_unlearn.report.results import MAIN_FIGURE, UNLEARNING, cost_sentence, request_warning
 
-__all__ = ["SAME_METHOD", "findings", "largest_missed"]
+__all__ = ["SAME_METHOD", "findings", "held_against", "largest_missed"]
 
 LEVEL = 0.05  # below this a corrected p-value is taken for more than chance
 SAME_METHOD = (
@@ -35,6 +35,11 @@ def findings(report: Mapping[str, Any]) -> list[str]:
         parts += [_missed(report), _subgroups(report)]
     parts.append(_general(report))
     return [sentence for part in parts for sentence in part]
+
+
+def held_against(report: Mapping[str, Any]) -> str:
+    """The model that the unlearned one is held against: ``"retrained"``, or ``"original"`` where there is none."""
+    return "original" if report["models"]["retrained"] is None else "retrained"
 
 
 def largest_missed(report: Mapping[str, Any]) -> tuple[str, str, Mapping[str, Any]] | None:
@@ -158,7 +163,7 @@ def _distance(report: Mapping[str, Any]) -> Iterator[str]:
 def _new_images(report: Mapping[str, Any]) -> Iterator[str]:
     """How the unlearned model does on new images beside the retrained one, or the original where there is none."""
     models = report["models"]
-    against = "original" if models["retrained"] is None else "retrained"
+    against = held_against(report)
     unlearned, other = models["unlearned"]["test"], models[against]["test"]
     multi_label = report["task"] == "multi-label"
     names = {"auroc": "mean AUROC"} if multi_label else {"accuracy": "accuracy", "auroc": "AUROC"}
@@ -183,8 +188,9 @@ def _new_images(report: Mapping[str, Any]) -> Iterator[str]:
 def _kept(report: Mapping[str, Any]) -> Iterator[str]:
     """How the unlearned model does on the images that stay, beside the retrained one, or the original."""
     models = report["models"]
-    against = "original" if models["retrained"] is None else "retrained"
-    figure, name = ("auroc", "mean AUROC") if report["task"] == "multi-label" else ("accuracy", "accuracy")
+    against = held_against(report)
+    figure = MAIN_FIGURE[report["task"]]
+    name = "mean AUROC" if figure == "auroc" else figure
     unlearned, other = models["unlearned"]["retain"][figure], models[against]["retain"][figure]
     if None not in (unlearned, other):
         told = f"{_difference(unlearned - other)} the {against} model's"
