@@ -474,7 +474,7 @@ CONFIGS = {
         {"budget": 0.3},
         [PERTURB_AND_RECOVER],
         current_run="$None",
-        judge={"_target_": "monai_unlearn.selection.judge_of", "run": "@current_run", "most_forget": 512},
+        judge={"_target_": "monai_unlearn.selection.judge_of", "run": "@current_run"},
         optimizer="@recipe::optimizer",
         trainer={**METHOD_TRAINER, "max_epochs": "@train_epochs"},
     ),

@@ -185,18 +185,21 @@ class SelectionJudge:
         )
 
 
-def judge_of(run: Run, most_forget: int | None = 4096) -> SelectionJudge | None:
+def judge_of(run: Run) -> SelectionJudge | None:
     """A run's judge, or None where the selection half holds nothing that is comparable to the forget set.
 
     Nothing is, too, where the request goes by a column that only the training data has, such as a difficulty that the
     original model gave: unseen images of any difficulty would be no match for the hardest.
 
+    It looks at no more forget images than there are unseen ones: what it takes is missing from a budget, and the fewer
+    unseen images limit what it can tell in any case.
+
     Args:
         run: the run.
-        most_forget: see ``SelectionJudge``.
     """
+    _, unseen = run.parts()["selection"]
     try:
-        judge = SelectionJudge(run, most_forget=most_forget)
+        judge = SelectionJudge(run, most_forget=max(1, len(unseen)))
     except NotComparableError as error:
         logger.info("%s", error)
         return None

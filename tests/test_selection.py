@@ -22,7 +22,7 @@ from monai_unlearn.cost import Cost
 from monai_unlearn.data import ImageData, LabeledImages, Split, make_split
 from monai_unlearn.evaluation import evaluate
 from monai_unlearn.run import Run
-from monai_unlearn.selection import NotComparableError, SelectionJudge
+from monai_unlearn.selection import NotComparableError, SelectionJudge, judge_of
 
 NETWORK = (
     "$torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, 2), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Dropout(.3), "
@@ -284,6 +284,17 @@ def test_of_a_large_forget_set_some_are_looked_at() -> None:
     whole = SelectionJudge(run, most_forget=None).evaluate(network)
     assert whole.forget.n == len(run.split.forget)
     assert set(judgements[0].forget.scores) <= set(whole.forget.scores)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.6])
+def test_the_judge_of_a_budget_looks_at_no_more_forget_images_than_unseen_ones(fraction) -> None:
+    data = with_patients()
+    split = make_split(data, 0, fraction)
+    judge = judge_of(_run(data, split))
+    assert judge is not None
+    n_forget, n_unseen = len(split.forget), len(split.selection)
+    assert (n_forget > n_unseen) == (fraction > 0.5)
+    assert judge.samples == min(n_forget, n_unseen) + n_unseen
 
 
 def test_columns_that_unseen_images_lack_are_said() -> None:

@@ -151,8 +151,9 @@ class PerturbAndRecover:
        that kernels move by ``STRIDE`` of their norm a step at the height of the cycle (the median of all kernels),
        whatever the recipe's rate and optimizer are: what counts in a network with normalisation layers is how far a
        step turns its kernels.
-    3. A judge compares forget samples with matched unseen ones. If they can still be told apart, or if the run
-       diverged, the state before is looked at too and the better of both is kept.
+    3. A judge compares forget samples with matched unseen ones. If they can still be told apart, the state before is
+       looked at too, and kept if it is nearer to unseen ones by more than chance makes. A run that diverged is put back
+       to the last good state.
 
     Nothing ever trains on a forget sample, so that none is pushed below what an unseen one scores. The trainer is to be
     the recipe's own: its optimizer, its loader and its ``max_epochs`` say what the original training was. Of the
@@ -392,8 +393,11 @@ class PerturbAndRecover:
         if excess(last) and len(self._states) > 1:
             network.load_state_dict(self._states[0])
             before = judge.evaluate(network)
-            # What is gained in not being told apart has to be more than what is lost on unseen images.
-            if abs(excess(before)) + max(0.0, last.utility - before.utility) < abs(excess(last)):
+            # What is gained in not being told apart has to be more than what is lost on unseen images, and more than
+            # chance makes: one interval in twenty lies beside ½, and the state before has not learnt all that it could.
+            by_chance = last.low <= before.auc <= last.high
+            lost = max(0.0, last.utility - before.utility)
+            if not by_chance and abs(excess(before)) + lost < abs(excess(last)):
                 judged, which = before, "the state one epoch before the last"
             else:
                 network.load_state_dict(self._states[-1])

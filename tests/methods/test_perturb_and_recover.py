@@ -346,8 +346,10 @@ def test_a_state_that_can_not_be_told_apart_is_kept_and_no_other_is_judged(
         (verdict(0.6, 0.55, 0.65), verdict(0.52, 0.47, 0.57), True, None),
         (verdict(0.6, 0.55, 0.65), verdict(0.52, 0.47, 0.57, utility=0.7), False, "budget was not enough"),
         (verdict(0.6, 0.55, 0.65), verdict(0.6, 0.56, 0.65), False, "budget was not enough"),
+        (verdict(0.56, 0.51, 0.61), verdict(0.52, 0.47, 0.57), False, "budget was not enough"),
         (verdict(0.3, 0.25, 0.35), verdict(0.45, 0.4, 0.48), True, "score lower"),
         (verdict(0.3, 0.25, 0.35), verdict(0.2, 0.15, 0.25), False, "score lower"),
+        (verdict(0.44, 0.39, 0.49), verdict(0.48, 0.43, 0.53), False, "score lower"),
     ],
 )
 def test_the_better_of_the_last_two_states_is_kept(
