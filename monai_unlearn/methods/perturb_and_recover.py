@@ -31,18 +31,19 @@ from monai_unlearn.methods._trainer import (
 from monai_unlearn.methods._weights import kernels
 from monai_unlearn.methods.weight_noise import disturb
 
-__all__ = ["PerturbAndRecover", "augmented_epochs", "cycle", "excess", "steps_within"]
+__all__ = ["PerturbAndRecover", "augmented_epochs", "excess", "height", "steps_within"]
 
 logger = logging.getLogger("monai_unlearn")
 
 # States that may be judged: the last one, and the one before it where the last one can be told from an unseen one.
 JUDGED = 2
-# How far a step moves a kernel at the height of the cycle, as a share of the kernel's norm. About what weight decay
-# brings usual recipes of SGD to by itself: sqrt(2 · rate · decay), 0.003 to 0.01.
+# How far a step moves a kernel at the height of the learning rate, as a share of the kernel's norm. About what weight
+# decay brings usual recipes of SGD to by itself: sqrt(2 · rate · decay), 0.003 to 0.01.
 STRIDE = 0.004
-WARM_UP = 0.3  # share of the steps in which the rate rises
-# Epochs without augmentation that it takes to learn single images again: a short run has no time for others.
-PLAIN_EPOCHS = 6
+RISE, FALL = 0.05, 0.6  # shares of the steps in which the rate rises, and in which it falls; between them it stays
+# Share of the epochs whose images are augmented, and how many without it takes to learn single images again: a short
+# run has no time for others.
+AUGMENTED, PLAIN_EPOCHS = 0.3, 6
 # How far steps move kernels changes slowly: after the first steps it is looked at in every fourth, in filters of each
 # kernel that have about so many entries, and the past counts so much in its mean.
 LOOKED_AT, EVERY, SAMPLED, SMOOTHING = 8, 4, 4096, 0.4
@@ -101,31 +102,31 @@ def steps_within(samples: float, batch_size: int, batches: int) -> tuple[int, in
     return epochs, steps // epochs
 
 
-def cycle(step: int, steps: int) -> float:
-    """One cycle of the learning rate: half a cosine up in the first 30 % of the steps, half a cosine down to 0.
+def height(step: int, steps: int) -> float:
+    """How high the learning rate is: up in the first 5 % of the steps, then a plateau, down to 0 in the last 60 %.
 
     Args:
         step: which step, counted from 0.
         steps: number of steps, above ``step``.
 
     Returns:
-        Share of the height, in [0.04, 1] on the way up, and above 0 on the way down.
+        Share of the greatest rate, at least 0.04 on the way up, and above 0 on the way down.
 
-    Source: Smith and Topin, arXiv:1708.07120; form and start as in ``torch.optim.lr_scheduler.OneCycleLR``.
+    Source: Hägele et al., arXiv:2405.18392.
     """
-    turn = WARM_UP * steps
-    if step < turn:
-        return 1 - 0.96 * (1 + math.cos(math.pi * step / turn)) / 2
-    return (1 + math.cos(math.pi * (step - turn) / (steps - turn))) / 2
+    rise = RISE * steps
+    if step < rise:
+        return 0.04 + 0.96 * step / rise
+    return min(1.0, (steps - step) / (FALL * steps))
 
 
 def augmented_epochs(epochs: int) -> int:
-    """In how many epochs of a run the images are augmented: those in which the rate rises, but none of the last six.
+    """In how many epochs of a run the images are augmented: the first three tenths, but none of the last six.
 
     Args:
         epochs: number of epochs, at least 1.
     """
-    return max(0, min(round(WARM_UP * epochs), epochs - PLAIN_EPOCHS))
+    return max(0, min(round(AUGMENTED * epochs), epochs - PLAIN_EPOCHS))
 
 
 def excess(judgement: Judgement) -> float:
@@ -144,13 +145,12 @@ class PerturbAndRecover:
     r"""Disturb every kernel by noise as large as its own spread, then repeat the recipe's training in fast motion.
 
     1. θ_k += scale · std(θ_k) · ε, ε ~ N(0, 1), for each kernel θ_k; BatchNorm's running statistics are reset.
-    2. Training on the retain set alone with the recipe's optimizer and loss, in one cycle of the learning rate (Smith
-       & Topin, arXiv:1708.07120), as long as ``budget`` allows. The recipe's augmentation is left out as soon as the
-       rate falls, and in the last six epochs at any rate: from then on images are learnt one by one, as in all of a
-       retraining. The rate is set step by step so
-       that kernels move by ``STRIDE`` of their norm a step at the height of the cycle (the median of all kernels),
-       whatever the recipe's rate and optimizer are: what counts in a network with normalisation layers is how far a
-       step turns its kernels.
+    2. Training on the retain set alone with the recipe's optimizer and loss, as long as ``budget`` allows: the
+       learning rate stays high and then falls to 0 in a straight line (Hägele et al., arXiv:2405.18392). The recipe's
+       augmentation is left out after the first three tenths, and in the last six epochs at any rate: from then on
+       images are learnt one by one, as in all of a retraining. The rate is set step by step so that at its greatest
+       kernels move by ``STRIDE`` of their norm a step (the median of all kernels), whatever the recipe's rate and
+       optimizer are: what counts in a network with normalisation layers is how far a step turns its kernels.
     3. A judge compares forget samples with matched unseen ones. If they can still be told apart, the state before is
        looked at too, and kept if it is nearer to unseen ones by more than chance makes. A run that diverged is put back
        to the last good state.
@@ -259,7 +259,7 @@ class PerturbAndRecover:
         self._kernels = [_some_filters(kernel.detach()) for kernel in kernels(plain_network(engine)).values()]
         self._before = [kernel.clone() for kernel in self._kernels]
         self._steps, self._reach = epochs * length, None
-        self._set_rate(engine, cycle(0, self._steps))
+        self._set_rate(engine, height(0, self._steps))
 
     def _plan(self, engine: SupervisedTrainer) -> tuple[int, int]:
         """Give the run its data and length: epochs and steps in each."""
@@ -330,8 +330,8 @@ class PerturbAndRecover:
             reach = self._moved() / self._rate
             if math.isfinite(reach) and reach > 0:  # a step that mixed precision leaves out moves nothing
                 self._reach = reach if self._reach is None else SMOOTHING * self._reach + (1 - SMOOTHING) * reach
-        height = cycle(engine.state.iteration, self._steps)
-        self._set_rate(engine, height if self._reach is None else STRIDE * height / self._reach)
+        share = height(engine.state.iteration, self._steps)
+        self._set_rate(engine, share if self._reach is None else STRIDE * share / self._reach)
 
     def _moved(self) -> float:
         """How far the last step moved the kernels, as a share of their norms: the median."""
@@ -446,7 +446,7 @@ def _require_no_schedule(engine: Engine) -> None:
     found = next((one for one in handlers if isinstance(one, (LrScheduleHandler, BaseParamScheduler))), None)
     if found is not None:
         raise RuntimeError(
-            f"PerturbAndRecover sets the learning rate itself, in one cycle, but the trainer has a "
+            f"PerturbAndRecover sets the learning rate itself, step by step, but the trainer has a "
             f"{type(found).__name__} too. Leave it out of train_handlers."
         )
 

@@ -6,6 +6,7 @@ import copy
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 from monai_unlearn.cost import Cost
 from monai_unlearn.methods import PerturbAndRecover
-from monai_unlearn.methods.perturb_and_recover import STRIDE, cycle, excess, steps_within
+from monai_unlearn.methods.perturb_and_recover import STRIDE, excess, height, steps_within
 from monai_unlearn.methods.weight_noise import noisy
 
 RETAIN = [i for i in range(30) if not IS_FORGET[i]]
@@ -59,29 +60,22 @@ def test_steps_stay_within_the_samples_and_near_whole_epochs(samples, batch, bat
         assert batches / 2 - 1 < length < 1.6 * batches + 1
 
 
-@pytest.mark.parametrize("steps", [4, 11, 200])
-def test_the_cycle_is_that_of_torch(steps) -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=10 * steps + 1, cycle_momentum=False)
-    expected = []
-    for _ in range(10 * steps):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    # torch turns one step before 30 % of the steps, and ends one step later.
-    assert [cycle(step, 10 * steps) for step in range(10 * steps)] == pytest.approx(expected, abs=0.6 / steps)
-    assert cycle(0, steps) == pytest.approx(0.04)
-    assert all(0 < cycle(step, steps) <= 1 for step in range(steps))
-    assert max(cycle(step, 10 * steps) for step in range(10 * steps)) == pytest.approx(1)
+@pytest.mark.parametrize("steps", [20, 200, 3000])
+def test_the_rate_goes_up_stays_and_goes_down_in_straight_lines(steps) -> None:
+    corners = [0, steps / 20, steps * 2 / 5, steps]
+    expected = np.interp(np.arange(steps), corners, [0.04, 1, 1, 0])
+    assert [height(step, steps) for step in range(steps)] == pytest.approx(expected)
 
 
 @given(steps=st.integers(1, 3000))
-def test_the_cycle_rises_once_and_falls_once(steps) -> None:
-    rates = [cycle(step, steps) for step in range(steps)]
+def test_the_rate_rises_once_and_falls_once(steps) -> None:
+    rates = [height(step, steps) for step in range(steps)]
     top = rates.index(max(rates))
+    assert rates[0] == pytest.approx(0.04)
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert min(rates) > 0
+    assert max(rates) <= 1
 
 
 @pytest.mark.parametrize(
@@ -129,10 +123,7 @@ def test_float64_training_equals_a_hand_written_loop(make_trainer, make_network,
             moved = [float((one - other).norm() / one.norm()) for one, other in zip(kernels, before)]
         if step + 1 <= 8 or (step + 1) % 4 == 0:
             reach = min(moved) / rate if reach is None else 0.4 * reach + 0.6 * min(moved) / rate
-        up = 0.3 * steps
-        part = (step + 1) / up if step + 1 < up else (step + 1 - up) / (steps - up)
-        height = 1 - 0.96 * (1 + math.cos(math.pi * part)) / 2 if step + 1 < up else (1 + math.cos(math.pi * part)) / 2
-        rate = 0.004 * height / reach
+        rate = 0.004 * min(1, (steps - step - 1) / (0.6 * steps)) / reach
     assert steps == 15
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(network.state_dict()[name], value, rtol=1e-11, atol=1e-12)
@@ -140,7 +131,7 @@ def test_float64_training_equals_a_hand_written_loop(make_trainer, make_network,
 
 @pytest.mark.parametrize("rate", [1e-4, 0.01, 1.0])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_steps_move_kernels_as_the_cycle_says_whatever_the_recipes_rate(
+def test_steps_move_kernels_as_far_as_wanted_whatever_the_recipes_rate(
     make_trainer, make_network, forget, on, optimizer, rate
 ) -> None:
     network = make_network()
@@ -158,7 +149,7 @@ def test_steps_move_kernels_as_the_cycle_says_whatever_the_recipes_rate(
     trainer = make_trainer(handlers, network=network, optimizer=trained, batch_size=20, max_epochs=100)
     trainer.run()
     assert len(moved) == 100
-    wanted = [STRIDE * cycle(step, 100) for step in range(100)]
+    wanted = [STRIDE * height(step, 100) for step in range(100)]
     assert sum(moved[20:60]) == pytest.approx(sum(wanted[20:60]), rel=0.25)
     assert trained.param_groups[0]["lr"] == rate
 
@@ -176,7 +167,7 @@ def test_the_recipes_rate_cancels_out(make_trainer, make_network, forget, snapsh
 
 
 @pytest.mark.parametrize(("epochs", "augmented"), [(1, 0), (6, 0), (7, 1), (10, 3)])
-def test_only_retain_samples_are_met_and_augmented_while_the_rate_rises(
+def test_only_retain_samples_are_met_and_augmented_in_the_first_epochs(
     make_trainer, forget, records, on, epochs, augmented
 ) -> None:
     met, changed = [], []
