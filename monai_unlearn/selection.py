@@ -22,7 +22,6 @@ __all__ = ["Judgement", "NotComparableError", "SelectionJudge", "judge_of"]
 logger = logging.getLogger("monai_unlearn")
 
 FEWEST = 10
-# Of a larger forget set so many are looked at: their share in the standard error of the AUC is below .005 then.
 MOST_FORGET = 4096
 COVERED = 0.5
 
