@@ -62,7 +62,7 @@ def _small(command: list[str]) -> list[str]:
     return [*command, *SMALL.get(kind, "").split(), *SMALL["all"].split()]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def used(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the bundle in which every command of its README has been run."""
     folder = tmp_path_factory.mktemp("zoo layout") / "synthetic_cells"

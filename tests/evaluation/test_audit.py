@@ -406,8 +406,7 @@ def _evaluated(make_network: Callable[..., nn.Module], loaders: dict[str, Any]) 
     return Audited(original, [unlearned], retrained, facts, ["a", "b", "c"], False)
 
 
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(("batch_size", "workers", "order"), [(1, 0, 0), (3, 0, 1), (5, 2, 0), (30, 0, 2)])
+@pytest.mark.parametrize(("batch_size", "workers", "order"), [(1, 0, 0), (3, 0, 1), (5, 1, 0), (30, 0, 2)])
 def test_batch_size_workers_and_order_of_the_loaders_change_nothing(
     records: list[dict], make_network: Callable[..., nn.Module], batch_size: int, workers: int, order: int
 ) -> None:
