@@ -115,11 +115,10 @@ def readme(text: str, table: pd.DataFrame) -> str:
     lines[start:end] = [line for *_, line in rows]
     start, end = _table_after(lines, "| data | forget sets |")
     lines[start:end] = recommended(table)
-    untouched = chosen(table, NOTHING)
-    levels = per_seed(untouched[untouched["data"] == FIRST], ["floor", "untouched_gap"]).mean()
+    cell = Cell(table[(table["data"] == FIRST) & (table["kind"] == KIND) & (table["fraction"] == FRACTION)])
     return re.sub(
         r"(retrained models differ by )[\d.–]+( there, and the untouched original is )[\d.–]+( away)",
-        rf"\g<1>{number(levels['floor'])}\g<2>{number(levels['untouched_gap'])}\g<3>",
+        rf"\g<1>{number(cell.floor)}\g<2>{number(cell.untouched)}\g<3>",
         "".join(lines),
     )
 
@@ -140,7 +139,9 @@ def recommended(table: pd.DataFrame) -> list[str]:
                 seeds = [len(cell.seeds_of(arm)) for cell in own if arm in cell.arms]
                 line.append(f"{_range(gaps)} ({_range(seeds, 0)})" if gaps else "–")
             audits = pd.concat([cell.arms["auto"] for cell in own])["verdict"]
-            line.append(f"{(audits == 'different').sum()} of {len(audits)}")
+            told = f"{(audits == 'different').sum()} of {len(audits)}"
+            powerless = (audits == "powerless").sum()
+            line.append(f"{told} ({'all' if powerless == len(audits) else powerless} powerless)" if powerless else told)
             lines.append("| " + " | ".join(line) + " |\n")
     return lines
 

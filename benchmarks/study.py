@@ -186,8 +186,8 @@ class Cell:
         return interval(difference)[1] > 0
 
     def seeds_of(self, arm: str) -> set[int]:
-        """The seeds that an arm was run on."""
-        return set(self.arms[arm]["seed"])
+        """The seeds on which an arm has a gap: a single image, say, has accuracy but no AUROC."""
+        return set(self.values(arm, "gap").dropna().index)
 
     def is_near(self, arm: str) -> bool:
         """Whether an arm's gap is within some floors, those of the retrained models that it was compared with."""
@@ -213,7 +213,7 @@ class Cell:
             lines.append(
                 [
                     arm,
-                    str(rows["seed"].nunique()),
+                    str(len(self.seeds_of(arm))),
                     with_interval(self.values(arm, "gap")),
                     number(self.mean(arm, "excess")),
                     *(with_interval(self.values(arm, f"{s}_change"), sign=True) for s in ("forget", "retain", "test")),

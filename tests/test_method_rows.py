@@ -106,6 +106,30 @@ def test_the_readmes_table_of_the_recommended_method_by_hand() -> None:
     assert len(means) == 6
 
 
+def test_the_readme_and_the_results_have_the_same_levels() -> None:
+    front, results = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md"))
+    said = re.search(r"retrained models differ by ([\d.]+) there, and the untouched original is ([\d.]+) away", front)
+    section = results.split("\n### embedded: random, 10 %\n")[1]
+    found = re.search(r"Noise floor ([\d.]+), untouched original ([\d.]+) points", section)
+    assert said is not None
+    assert found is not None
+    assert said.groups() == found.groups()
+
+
+def test_powerless_audits_are_told_apart_from_others() -> None:
+    """Of single patients no attack tells even the original: none told apart is then no success."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^\| embedded set \| single patients \|.*$", page, re.M)
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        last = {
+            (row["seed"], row["request"]): row["verdict"]
+            for row in sorted(csv.DictReader(file), key=lambda row: row["finished"])
+            if (row["data"], row["method"], row["kind"]) == ("embedded", "auto", "patients") and not row["error"]
+        }
+    assert set(last.values()) == {"powerless"}
+    assert line.endswith(f"| 0 of {len(last)} (all powerless) |")
+
+
 def test_the_readmes_table_is_sorted_and_has_every_method_once() -> None:
     table = _readme_table((ROOT / "README.md").read_text(encoding="utf-8"))
     bundles = re.findall(r"`(\w+)\.json`", table)

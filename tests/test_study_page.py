@@ -196,6 +196,16 @@ def test_a_set_of_retrained_models_counts_once_however_many_methods_met_it(tmp_p
     assert cell.floor == 2.0
 
 
+def test_seeds_without_a_gap_are_not_counted(tmp_path: Path) -> None:
+    """AUROC has no value on a single image: where a seed forgets such patients alone, nothing is known of its gap."""
+    each = [row("nothing", 0.1, seed) for seed in range(3)]
+    each += [row("auto", 0.1, seed, gap=None if seed == 1 else 2.0 * seed) for seed in range(3)]
+    pd.DataFrame(each).to_csv(tmp_path / "study.csv", index=False)
+    (cell,) = study.Data("drawn", study.load(tmp_path / "study.csv")).cells
+    assert cell.seeds_of("auto") == {0, 2}
+    assert [line[1] for line in cell.table()] == ["2", "3"]
+
+
 def test_a_loss_that_no_table_shows_is_no_harm_and_one_of_auroc_is(tmp_path: Path) -> None:
     sure = {"retrained_retain_accuracy_sd": 0.0, "retrained_test_auroc_sd": 0.01, "retrained_test_auroc": 0.9}
     each = [row("nothing", 0.1, 0)]
