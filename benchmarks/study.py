@@ -164,7 +164,6 @@ class Cell:
         self.power = bool(self.untouched >= POWER * self.floor)
         self.arms = {arm: own for arm, own in done.groupby("arm", sort=False)}
         self.n = done["n_forget"].mean()
-        self.seeds = done["seed"].nunique()
 
     def mean(self, arm: str, column: str, seeds: Iterable[int] | None = None) -> float:
         """Mean of a column over the seeds, all of the arm's or those given."""

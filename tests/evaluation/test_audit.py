@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -406,12 +407,14 @@ def _evaluated(make_network: Callable[..., nn.Module], loaders: dict[str, Any]) 
     return Audited(original, [unlearned], retrained, facts, ["a", "b", "c"], False)
 
 
-@pytest.mark.parametrize(("batch_size", "workers", "order"), [(1, 0, 0), (3, 0, 1), (5, 1, 0), (30, 0, 2)])
+@pytest.mark.parametrize(("batch_size", "workers", "order"), [(1, 0, 0), (3, 0, 1), (5, 2, 0), (30, 0, 2)])
 def test_batch_size_workers_and_order_of_the_loaders_change_nothing(
     records: list[dict], make_network: Callable[..., nn.Module], batch_size: int, workers: int, order: int
 ) -> None:
-    expected = audit_outputs(_evaluated(make_network, _loaders(records, 4, 0)), FEW)
-    found = audit_outputs(_evaluated(make_network, _loaders(records, batch_size, workers, order)), FEW)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than a small machine has cores
+        expected = audit_outputs(_evaluated(make_network, _loaders(records, 4, 0)), FEW)
+        found = audit_outputs(_evaluated(make_network, _loaders(records, batch_size, workers, order)), FEW)
     _close(found, expected, 1e-5)
 
 
